@@ -1,0 +1,1 @@
+"""The pure game: seeds, trees, prompts, parsing, judging, rewards and pairs. Imports no torch."""

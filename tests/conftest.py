@@ -1,0 +1,9 @@
+"""Shared settings of all tests: helpers beside the tests are importable, torch runs on one thread."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
