@@ -1,0 +1,359 @@
+"""The one tree of settings: a YAML file plus `--a.b value` overrides, validated before anything heavy loads."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+
+from advgame.errors import InputError
+from advgame.world.settings import WorldSettings
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class RunSettings(Section):
+    root: Path = Field(Path("runs"), description="Folder that holds run folders.")
+    name: str | None = Field(None, description="Name of this run's folder; null: time and a random suffix.")
+    seed: int = Field(0, ge=0, description="Seeds data order and every sampling stream.")
+    steps: PositiveInt = Field(1000, description="Game steps.")
+    deterministic: bool = Field(True, description="Form engine batches by tree index: runs repeat bit for bit.")
+    validate_every: int = Field(25, ge=0, description="Steps between validations (also at start and end); 0: never.")
+    exact_every: int = Field(0, ge=0, description="World only: steps between exact worst-case evaluations; 0: ends.")
+    checkpoint_every: int = Field(50, ge=0, description="Steps between checkpoints (also at the end); 0: end only.")
+    keep_checkpoints: PositiveInt = Field(2, description="How many of the newest checkpoints stay on disk.")
+    tensorboard: bool = Field(True, description="Write TensorBoard event files into the run folder.")
+    wandb: bool = Field(False, description="Log to Weights & Biases (needs the extra `wandb`; the only egress).")
+    wandb_project: str = Field("advgame", description="Weights & Biases project.")
+    threads: PositiveInt | None = Field(None, description="torch CPU threads; null: torch's default.")
+    purpose: str = Field(
+        "", description="Why an Attacker is trained; recorded, and required unless the tiny world is played."
+    )
+
+
+class DataSettings(Section):
+    train: Path | None = Field(None, description="Seed file (JSONL, JSON, CSV, TSV, Parquet); null: the world's seeds.")
+    validation: list[Path] = Field([], description="Held-out seed files, sent straight to the Defender.")
+    columns: dict[str, str] = Field(
+        {}, description="Where `text` and `category` stand in the seed files, if elsewhere."
+    )
+    category: Literal["harmful", "benign"] | None = Field(None, description="Category of a file without one.")
+    harmful: int = Field(32, ge=0, description="Harmful seeds a step.")
+    benign: int = Field(32, ge=0, description="Benign seeds a step.")
+    validation_limit: PositiveInt = Field(128, description="Seeds of each validation file that are used.")
+
+
+class SamplingSettings(Section):
+    temperature: NonNegativeFloat = Field(0.6, description="Sampling temperature; 0 is greedy.")
+    top_p: float = Field(0.9, gt=0, le=1, description="Nucleus mass.")
+    max_tokens: PositiveInt = Field(2048, description="Longest completion, closing token included.")
+
+
+class PlayerSettings(Section):
+    model: Path | None = Field(None, description="Hugging Face model folder; null: the world's warm-started player.")
+    lr: PositiveFloat | None = Field(None, description="This player's learning rate; null: learn.lr.")
+    frozen: bool = Field(False, description="Never updated (fixed Attacker or fixed Defender).")
+    sampling: SamplingSettings = Field(default_factory=SamplingSettings, description="How it samples.")
+
+
+class JudgeSettings(Section):
+    kind: Literal["rule", "llm", "phrases"] = Field(
+        "llm",
+        description="rule: the world's exact judge; llm: a language model; phrases: refusal phrases, smoke tests only.",
+    )
+    model: Path | None = Field(None, description="Model folder of an llm judge.")
+    mode: Literal["pairwise", "pointwise"] = Field("pairwise", description="Score answers in pairs, or each alone.")
+    samples: PositiveInt = Field(1, description="Verdicts sampled per question (llm).")
+    swap: bool = Field(False, description="Ask each pair in both orders and average (llm).")
+    sampling: SamplingSettings = Field(
+        default_factory=lambda: SamplingSettings(max_tokens=8192), description="How an llm judge samples."
+    )
+    noise: NonNegativeFloat = Field(0.0, description="Standard deviation added to each score (rule).")
+    bias: NonNegativeFloat = Field(0.0, description="Strength of position and length bias (rule).")
+
+
+class GameSettings(Section):
+    attacks: PositiveInt = Field(2, description="A: attacks sampled per seed.")
+    responses: PositiveInt = Field(2, description="D: responses sampled per attack.")
+    faithfulness: bool = Field(True, description="Ask whether an attack keeps its seed's intent.")
+    attacker_judge: bool = Field(True, description="Judge attacks; off: every valid attack gets 0.")
+    optimistic: bool = Field(True, description="The best-scored response represents an attack; off: the first valid.")
+    reasoning: bool = Field(True, description="The Attacker reasons in <think> before its prompt.")
+    defender_reasoning: bool = Field(False, description="The Defender reasons in <think> before its answer.")
+    condition_on: Literal["prompt", "seed"] = Field("prompt", description="What the Defender judge reads as the query.")
+    skip_attacker: bool = Field(False, description="Seeds go to the Defender as they are; no Attacker plays.")
+    self_play: bool = Field(False, description="Self-RedTeam: one shared model in both roles, zero-sum rewards.")
+    templates: Path | None = Field(None, description="Folder of templates that replace ours, by file name.")
+
+
+class RolloutSettings(Section):
+    engine: Literal["transformers"] = Field("transformers", description="Who samples.")
+    source: Literal["ema", "live"] = Field("ema", description="Weights that sample: the EMA, or the live player.")
+    batch: PositiveInt = Field(256, description="Most completions in one engine batch.")
+    in_flight: PositiveInt = Field(1024, description="Most trees played at once.")
+    retries: int = Field(2, ge=0, description="Retries of a failed engine call.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Weights of the engines.")
+
+
+class LearnSettings(Section):
+    objective: Literal["dpo", "ipo", "grpo", "reinforce"] = Field(
+        "dpo", description="dpo and ipo on pairs; grpo on groups; reinforce: REINFORCE++ (Self-RedTeam)."
+    )
+    beta: PositiveFloat = Field(0.1, description="Preference temperature, or weight of the KL penalty.")
+    reference: Literal["auto", "rollout", "recompute", "initial"] = Field(
+        "auto",
+        description="Reference log-probs of pairs: the sampler's, recomputed from the EMA, measured then chosen "
+        "(auto), or the frozen initial model's (initial; needs rollout.source: live).",
+    )
+    reference_tolerance: PositiveFloat = Field(0.02, description="auto keeps rollout up to this relative change.")
+    lr: PositiveFloat = Field(1e-6, description="AdamW learning rate.")
+    lr_final: Fraction = Field(0.2, description="Learning rate at the last step, as a fraction (cosine decay).")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW moment decays.")
+    weight_decay: NonNegativeFloat = Field(0.1, description="AdamW decoupled weight decay.")
+    clip_norm: PositiveFloat = Field(1.0, description="Gradient-norm clip of each update.")
+    ema_decay: Decay = Field(0.95, description="Decay of the players' moving averages.")
+    accumulate: bool = Field(False, description="One update a step over both categories; off: one each.")
+    micro_tokens: PositiveInt = Field(16384, description="Most tokens of one packed forward (pairs are not split).")
+    schedule: Literal["joint", "sequential"] = Field("joint", description="Both players learn, or by turns.")
+    round_steps: PositiveInt = Field(50, description="Steps of one player's turn (sequential; the Attacker begins).")
+    nll_weight: NonNegativeFloat = Field(0.0, description="Weight of the chosen completion's token-mean NLL.")
+    length_normalised: bool = Field(False, description="Mean instead of summed log-probs in the pair objective.")
+    entropy_weight: NonNegativeFloat = Field(0.0, description="Weight of an entropy bonus.")
+    baseline: Literal["across_seeds", "per_seed"] = Field("across_seeds", description="GRPO: whose mean is subtracted.")
+    aggregate: Literal["group", "token"] = Field(
+        "group", description="GRPO: sum tokens, mean over group, then groups; or one mean over tokens."
+    )
+    importance_weights: bool = Field(False, description="GRPO, on-policy: truncated weights live / sampler.")
+    truncation: PositiveFloat = Field(2.0, description="Cap of those weights.")
+    ppo_clip: PositiveFloat = Field(0.2, description="reinforce: PPO clipping of the ratio.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Compute type; master weights are fp32.")
+
+
+class Config(Section):
+    """Everything that decides a run."""
+
+    run: RunSettings = Field(default_factory=RunSettings, description="Length, seed, outputs.")
+    world: WorldSettings | None = Field(None, description="The embedded tiny world; null: real models and seed files.")
+    data: DataSettings = Field(default_factory=DataSettings, description="Seeds.")
+    attacker: PlayerSettings = Field(default_factory=PlayerSettings, description="The Attacker.")
+    defender: PlayerSettings = Field(default_factory=PlayerSettings, description="The Defender.")
+    judge: JudgeSettings = Field(default_factory=JudgeSettings, description="The judge.")
+    game: GameSettings = Field(default_factory=GameSettings, description="Rules of the game.")
+    rollout: RolloutSettings = Field(default_factory=RolloutSettings, description="Sampling.")
+    learn: LearnSettings = Field(default_factory=LearnSettings, description="Learning.")
+    trust_remote_code: bool = Field(False, description="Let model folders run their own Python code.")
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads `path`, applies `--a.b value` words, validates.
+
+    Raises InputError with one line: the file, the field's path, what is wrong and the mend.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such config file; try configs/tiny.yaml")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: a config is a mapping of sections, found {type(tree).__name__}")
+    for field, value in parse_overrides(overrides):
+        _put(tree, field, value)
+    return build_config(tree, str(path))
+
+
+def build_config(tree: dict[str, Any], source: str) -> Config:
+    """Validates a plain tree; `source` names it in errors."""
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(f"{source}: {_explain(error)}") from None
+    for check in COMBINATIONS:
+        if (problem := check(config)) is not None:
+            raise InputError(f"{source}: {problem}")
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved tree as YAML that loads to the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
+    """`--a.b 1`, `--a.b=1` -> [("a.b", 1)]; values are read as YAML."""
+    pairs: list[tuple[str, Any]] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or len(word) == 2:
+            raise InputError(f"unexpected argument {word!r}; overrides are written --section.field value")
+        field, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise InputError(f"--{field} has no value; write --{field} VALUE")
+            value = rest.pop(0)
+        try:
+            pairs.append((field, _scalar(value)))
+        except yaml.YAMLError:
+            pairs.append((field, value))
+    return pairs
+
+
+def _scalar(text: str) -> Any:
+    if not text.strip():
+        return text
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as a string
+        except ValueError:
+            return value
+    return value
+
+
+def _put(tree: dict[str, Any], field: str, value: Any) -> None:
+    *sections, leaf = field.split(".")
+    for section in sections:
+        if not isinstance(tree.get(section), dict):
+            tree[section] = {}
+        tree = tree[section]
+    tree[leaf] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem as "field: what is wrong", with a near name for an unknown key."""
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{path}: unknown key{_nearest(first['loc'])}"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{path}: {first['msg'].lower()}, got {first['input']!r}{more}"
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    section: Any = Config
+    for part in location[:-1]:
+        annotation = section.model_fields[str(part)].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    names = list(section.model_fields)
+    close = difflib.get_close_matches(str(location[-1]), names, 1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
+
+
+def _world_or_models(c: Config) -> str | None:
+    if c.world is None:
+        if c.data.train is None:
+            return "data.train: give a seed file, or a world: section for the tiny world"
+        players = ["defender"] if c.game.skip_attacker else ["attacker", "defender"]
+        for name in ["defender"] if c.game.self_play else players:
+            if getattr(c, name).model is None:
+                return f"{name}.model: give a Hugging Face model folder, or a world: section for the tiny world"
+        if c.judge.kind == "rule":
+            return "judge.kind: the rule judge knows the tiny world only; use llm (or phrases for a smoke test)"
+    return None
+
+
+def _templates(c: Config) -> str | None:
+    """A user's own judge texts must be of the form that will be asked."""
+    folder = c.game.templates
+    if folder is None or not folder.is_dir() or c.judge.kind != "llm":
+        return None
+    used, other = ("pair", "point") if c.judge.mode == "pairwise" else ("point", "pair")
+    if any(folder.glob(f"judge_{other}_*.md")) and not any(folder.glob(f"judge_{used}_*.md")):
+        return (
+            f"game.templates: {folder} holds judge_{other}_*.md templates, but judge.mode is {c.judge.mode}; "
+            f"write judge_{used}_*.md or change judge.mode"
+        )
+    return None
+
+
+def _judge(c: Config) -> str | None:
+    if c.judge.kind == "llm" and c.judge.model is None:
+        return "judge.model: an llm judge needs a model folder"
+    if c.judge.mode == "pointwise" and c.judge.swap:
+        return "judge.swap: a pointwise judge sees one answer, there is nothing to swap; set it to false"
+    if c.judge.kind != "rule" and (c.judge.noise or c.judge.bias):
+        return "judge.noise, judge.bias: only the rule judge takes artificial noise; set them to 0"
+    return None
+
+
+def _objective(c: Config) -> str | None:
+    on_policy = c.rollout.source == "live"
+    pairs = c.learn.objective in ("dpo", "ipo")
+    if c.learn.importance_weights and (c.learn.objective != "grpo" or not on_policy):
+        return (
+            "learn.importance_weights: only for on-policy grpo (rollout.source: live); "
+            "off-policy GRPO samples from the EMA without them"
+        )
+    if pairs and on_policy and c.learn.reference in ("auto", "rollout", "recompute"):
+        return (
+            f"learn.reference: {c.learn.reference} needs the sampler to be the reference, but rollout.source is live; "
+            "set learn.reference: initial"
+        )
+    if pairs and not on_policy and c.learn.reference == "initial":
+        return "learn.reference: initial is for on-policy runs; set rollout.source: live, or reference: auto"
+    if not pairs and c.learn.nll_weight:
+        return "learn.nll_weight: an NLL on the chosen needs pairs; set learn.objective to dpo or ipo, or it to 0"
+    if not pairs and c.learn.length_normalised:
+        return "learn.length_normalised: for dpo and ipo only (grpo: learn.aggregate: token)"
+    if pairs and min(c.game.attacks, c.game.responses) < 2 and not c.game.skip_attacker:
+        return "game.attacks, game.responses: a preference pair needs at least 2 of each"
+    if pairs and c.game.responses < 2:
+        return "game.responses: a preference pair needs at least 2"
+    return None
+
+
+def _players(c: Config) -> str | None:
+    attacker_plays = not c.game.skip_attacker
+    if c.defender.frozen and (c.attacker.frozen or not attacker_plays):
+        return "attacker.frozen, defender.frozen: nobody would learn; free one player"
+    if c.learn.schedule == "sequential" and (c.attacker.frozen or c.defender.frozen or not attacker_plays):
+        return "learn.schedule: sequential rounds need both players free; use joint"
+    if c.game.self_play:
+        if c.learn.objective != "reinforce" or c.rollout.source != "live":
+            return "game.self_play: Self-RedTeam needs learn.objective: reinforce and rollout.source: live"
+        if c.game.skip_attacker or c.attacker.frozen or c.defender.frozen or c.learn.schedule != "joint":
+            return "game.self_play: one shared model plays both roles; skip_attacker, frozen, sequential do not apply"
+        if c.attacker.model not in (None, c.defender.model):
+            return "attacker.model: with game.self_play the shared model is defender.model; leave this null"
+    if c.learn.objective == "reinforce" and c.rollout.source != "live":
+        return "learn.objective: reinforce is on-policy; set rollout.source: live"
+    if c.data.harmful + c.data.benign == 0:
+        return "data.harmful, data.benign: a step needs seeds; raise one of them"
+    if c.world is not None and c.world.reasoning != c.game.reasoning:
+        return f"game.reasoning: the world's Attacker is warm-started with world.reasoning: {c.world.reasoning}"
+    return None
+
+
+COMBINATIONS = (_world_or_models, _judge, _templates, _objective, _players)
+"""Each looks at the whole tree and returns "field: what cannot be and the mend", or None."""
+
+
+def describe_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(path, default, meaning) of every setting, in order."""
+    for name, field in model.model_fields.items():
+        path = f"{prefix}{name}"
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if section is not None:
+            yield path, "null" if field.default is None else "(section)", field.description or ""
+            yield from describe_fields(section, f"{path}.")
+        else:
+            default = field.get_default(call_default_factory=True)
+            yield path, yaml.safe_dump(_plain(default), default_flow_style=True).split("\n")[0], field.description or ""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value

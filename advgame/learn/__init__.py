@@ -1,0 +1,1 @@
+"""Learning: packed batches, objectives over the kernel library, the learner of one player."""

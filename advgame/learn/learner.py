@@ -1,0 +1,234 @@
+"""The learner of one player: fp32 master weights, fused loss, AdamW, EMA; one update a call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+from pathlib import Path
+
+import torch
+from advgame_kernels import ema_update_
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from advgame.config import LearnSettings
+from advgame.errors import InputError
+from advgame.game.pairs import Group, Member, Pair
+from advgame.learn.attention import packed_hidden, use_packed_attention
+from advgame.learn.objective import (
+    Head,
+    TokenTargets,
+    coefficient_change,
+    member_weights,
+    policy,
+    preference,
+    reinforce_advantages,
+    sequence_lengths,
+    sequence_sums,
+    spread,
+    token_logps,
+)
+from advgame.learn.packing import PackedBatch, micro_batches, pack
+from advgame.learn.reference import ReferenceChoice, snapshot, weights_of
+
+Metrics = dict[str, float]
+
+
+class Learner:
+    """One player in training.
+
+    model: live player, fp32, packed attention. shadow: fp32 EMA by parameter name, empty when the live player
+    samples. initial: the weights before training, kept only where an objective refers to them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: LearnSettings,
+        *,
+        field: str,
+        lr: float | None = None,
+        ema: bool = True,
+        device: torch.device | str = "cpu",
+        remote_code: bool = False,
+    ):
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.model: PreTrainedModel = load_model(folder, field, remote_code=remote_code).to(device).train()
+        use_packed_attention(self.model, field)
+        self._head_checked(field)
+        self.parameters = dict(self.model.named_parameters())
+        self.shadow: dict[str, Tensor] = snapshot(self.model) if ema else {}
+        refers = settings.objective in ("grpo", "reinforce") or settings.reference == "initial"
+        self.initial: dict[str, Tensor] = snapshot(self.model) if refers else {}
+        self.base_lr = lr or settings.lr
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=self.base_lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self.reference = ReferenceChoice(settings.reference, settings.reference_tolerance)
+        self.updates = 0
+
+    def _head_checked(self, field: str) -> None:
+        config = self.model.config.get_text_config()
+        for name in ("logit_scale", "logits_scaling"):
+            if getattr(config, name, None) not in (None, 1, 1.0):
+                raise InputError(f"{field}: {type(self.model).__name__} scales its logits ({name}); not supported")
+
+    @property
+    def head(self) -> Head:
+        """The head in the compute type; a cast keeps the gradient path to the fp32 weight."""
+        output = self.model.get_output_embeddings()
+        dtype = self._dtype
+        bias = getattr(output, "bias", None)
+        softcap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None) or 0.0
+        return Head(output.weight.to(dtype), None if bias is None else bias.to(dtype), softcap)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.settings.dtype == "bfloat16" else torch.float32
+
+    def lr_at(self, progress: float) -> float:
+        """Cosine from the base rate to `lr_final` of it; `progress` in [0, 1]."""
+        floor = self.settings.lr_final
+        return self.base_lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def update_pairs(self, pairs: Sequence[Pair], progress: float) -> Metrics:
+        """One optimiser step on `pairs`: gradient = sum over pairs / number of pairs. No pair: no step."""
+        if not pairs:
+            return {"pairs": 0.0}
+        sums = {"loss": 0.0, "margin": 0.0, "accuracy": 0.0, "entropy": 0.0}
+        reference_gap, changes = 0.0, []
+        units = ((pair, (pair.chosen, pair.rejected)) for pair in pairs)
+        for part in micro_batches(units, self.settings.micro_tokens):
+            batch = pack([s for pair in part for s in (pair.chosen, pair.rejected)], self.model.device)
+            sampled = sequence_sums(batch.sampler_logps, batch)
+            reference, recomputed = self._pair_reference(batch, sampled)
+            out = preference(self._hidden(batch), self.head, batch, reference, len(pairs), self.settings)
+            out.loss.backward()
+            share = len(part) / len(pairs)
+            sums["loss"] += float(out.loss.detach())
+            sums["margin"] += float(out.margins.mean()) * share
+            sums["accuracy"] += float(out.accuracies.mean()) * share
+            if out.entropy is not None:
+                sums["entropy"] += float(out.entropy.mean()) * share
+            if recomputed:
+                gap = sampled - reference
+                reference_gap += float(gap.abs().mean()) * share
+                if self.settings.length_normalised:
+                    gap = gap / sequence_lengths(batch)
+                shift = gap[0::2] - gap[1::2]
+                changes.append((coefficient_change(out.margins - shift, out.margins, self.settings), share))
+        sums["grad_norm"] = self._apply(progress)
+        if changes:
+            sums["reference_gap"] = reference_gap
+            sums["reference_change"] = max(change for change, _ in changes)
+            if self.reference.decided is None:
+                self.reference.measured(sums["reference_change"])
+        return sums | {"pairs": float(len(pairs))}
+
+    def _pair_reference(self, batch: PackedBatch, sampled: Tensor) -> tuple[Tensor, bool]:
+        """Reference log-probs by sequence, and whether they were recomputed from the sampler's own weights."""
+        if self.reference.decided == "rollout":
+            return sampled, False
+        initial = self.reference.decided == "initial"
+        logps = self._reference_logps(batch, self.initial if initial else self.shadow)
+        return sequence_sums(logps, batch), not initial
+
+    def update_groups(self, groups: Sequence[Group], progress: float) -> Metrics:
+        """One optimiser step of GRPO or REINFORCE++ on `groups`. No member that learns: no step."""
+        # REINFORCE++ normalises over all tokens of the batch, so all tokens weigh the same
+        aggregate = "token" if self.settings.objective == "reinforce" else self.settings.aggregate
+        weights = chain.from_iterable(member_weights(groups, aggregate))
+        members = chain.from_iterable(group.members for group in groups)
+        weighted = [(m, w) for m, w in zip(members, weights, strict=True) if w]
+        if not weighted:
+            return {"members": 0.0}
+        parts: list[tuple[PackedBatch, list[Member], list[float], Tensor]] = []
+        for part in micro_batches((((m, w), (m.sample,)) for m, w in weighted), self.settings.micro_tokens):
+            learning = [m for m, _ in part]
+            batch = pack([m.sample for m in learning], self.model.device)
+            parts.append((batch, learning, [w for _, w in part], self._reference_logps(batch, self.initial)))
+        advantages = self._advantages(parts)
+        sums = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}
+        tokens = sum(batch.row_bounds[-1] for batch, *_ in parts)
+        for (batch, _, row_weights, reference), advantage in zip(parts, advantages, strict=True):
+            targets = TokenTargets(advantage, spread(row_weights, batch), reference)
+            out = policy(self._hidden(batch), self.head, batch, targets, self.settings)
+            out.loss.backward()
+            sums["loss"] += float(out.loss.detach())
+            sums["kl"] += float(out.kl) / tokens
+            sums["clip_fraction"] += float(out.clip_fraction) * batch.row_bounds[-1] / tokens
+        sums["grad_norm"] = self._apply(progress)
+        return sums | {"members": float(len(weighted))}
+
+    def _advantages(self, parts: Sequence[tuple[PackedBatch, list[Member], list[float], Tensor]]) -> list[Tensor]:
+        if self.settings.objective == "reinforce":
+            return reinforce_advantages([(b, members, ref) for b, members, _, ref in parts], self.settings.beta)
+        return [spread([m.advantage for m in members], batch) for batch, members, *_ in parts]
+
+    def _hidden(self, batch: PackedBatch) -> Tensor:
+        """Hidden states of the response rows, in the compute type."""
+        with self._autocast():
+            hidden = packed_hidden(self.model, batch.input_ids, batch.position_ids, batch.token_bounds)
+        return hidden[batch.rows].to(self._dtype)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.settings.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.model.device.type, self._dtype)
+
+    @torch.no_grad()
+    def _reference_logps(self, batch: PackedBatch, tensors: Mapping[str, Tensor]) -> Tensor:
+        with weights_of(self.model, tensors):
+            return token_logps(self._hidden(batch), self.head, batch).logps
+
+    def _apply(self, progress: float) -> float:
+        """Clips, steps, clears; returns the gradient norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr_at(progress)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        return float(norm)
+
+    @torch.no_grad()
+    def publish_into(self, served: Mapping[str, Tensor]) -> None:
+        """Moves the EMA one step and writes it into an engine's tensors in the same pass (live player: a copy)."""
+        names = list(self.parameters)
+        destinations = [served[name] for name in names]
+        live = [self.parameters[name].data for name in names]
+        if self.shadow:
+            shadow = [self.shadow[name] for name in names]
+            ema_update_(shadow, live, self.settings.ema_decay, publish=destinations)
+        else:
+            torch._foreach_copy_(destinations, live)
+
+    @torch.no_grad()
+    def serve_into(self, served: Mapping[str, Tensor]) -> None:
+        """Writes the weights that sample, as they are, into an engine's tensors (a resumed run's first publish)."""
+        source = self.shadow or {name: p.data for name, p in self.parameters.items()}
+        torch._foreach_copy_([served[name] for name in self.parameters], [source[name] for name in self.parameters])
+
+
+def load_model(
+    folder: Path, field: str, *, dtype: torch.dtype = torch.float32, remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal LM from a Hugging Face folder; InputError names `field` if its weights do not load."""
+    transformers_logging.disable_progress_bar()  # it would draw over the live view
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa", trust_remote_code=remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{field}: no weights load from {folder}: {str(error).strip().splitlines()[0]}") from error
+    return model

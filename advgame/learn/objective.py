@@ -1,0 +1,168 @@
+"""From pairs or groups to a loss: the objectives of GAME.md over the kernel library's public functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from advgame_kernels import LogProbs, PreferenceOutput, linear_logprobs, linear_policy_loss, linear_preference_loss
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from advgame.config import LearnSettings
+from advgame.game.pairs import Group, Member
+from advgame.learn.packing import PackedBatch
+
+PREFERENCE_KINDS = {"dpo": "sigmoid", "ipo": "ipo"}
+
+
+@dataclass(frozen=True)
+class Head:
+    """The language-model head as the kernel library wants it."""
+
+    weight: Float[Tensor, "vocab hidden"]
+    bias: Float[Tensor, " vocab"] | None
+    softcap: float
+
+
+def preference(
+    hidden: Float[Tensor, "rows hidden"],
+    head: Head,
+    batch: PackedBatch,
+    reference: Float[Tensor, " sequences"],
+    normalizer: int,
+    settings: LearnSettings,
+) -> PreferenceOutput:
+    """DPO or IPO on summed log-probs; sequences of `batch` are chosen, rejected, chosen, rejected ..."""
+    return linear_preference_loss(
+        hidden,
+        head.weight,
+        batch.labels,
+        batch.row_bounds,
+        reference,
+        kind=PREFERENCE_KINDS[settings.objective],
+        beta=settings.beta,
+        average=settings.length_normalised,
+        nll_weight=settings.nll_weight,
+        entropy_weight=settings.entropy_weight,
+        normalizer=normalizer,
+        bias=head.bias,
+        softcap=head.softcap,
+    )
+
+
+def token_logps(hidden: Float[Tensor, "rows hidden"], head: Head, batch: PackedBatch) -> LogProbs:
+    return linear_logprobs(hidden, head.weight, batch.labels, bias=head.bias, softcap=head.softcap)
+
+
+def sequence_lengths(batch: PackedBatch) -> Int[Tensor, " sequences"]:
+    return torch.tensor(batch.row_bounds).diff().to(batch.labels.device)
+
+
+def sequence_sums(values: Float[Tensor, " rows"], batch: PackedBatch) -> Float[Tensor, " sequences"]:
+    """Sums of token values over each sequence."""
+    owner = torch.repeat_interleave(sequence_lengths(batch))
+    return torch.zeros(batch.sequences, dtype=values.dtype, device=values.device).index_add_(0, owner, values)
+
+
+def coefficient_change(
+    rollout: Float[Tensor, " pairs"], recomputed: Float[Tensor, " pairs"], settings: LearnSettings
+) -> float:
+    """How much the per-pair gradient coefficient moves if margins use the sampler's reference log-probs.
+
+    The coefficient is the derivative of the pair's loss by its margin h: beta * sigmoid(-beta h) for DPO,
+    2 (h - 1/(2 beta)) for IPO. Returned is the 95th percentile of its change over its mean size.
+    """
+
+    def coefficient(h: Tensor) -> Tensor:
+        if settings.objective == "ipo":
+            return 2 * (h - 1 / (2 * settings.beta))
+        return settings.beta * torch.sigmoid(-settings.beta * h)
+
+    old, new = coefficient(recomputed), coefficient(rollout)
+    return float(torch.quantile((new - old).abs() / old.abs().mean(), 0.95))
+
+
+@dataclass(frozen=True)
+class TokenTargets:
+    """What a policy objective needs a token: its advantage, its weight in the loss, the reference's log-prob."""
+
+    advantages: Float[Tensor, " rows"]
+    weights: Float[Tensor, " rows"]
+    reference: Float[Tensor, " rows"]
+
+
+def spread(values: Sequence[float], batch: PackedBatch) -> Float[Tensor, " rows"]:
+    """One value a sequence -> one a token."""
+    per_sequence = torch.tensor(values, dtype=torch.float32, device=batch.labels.device)
+    return torch.repeat_interleave(per_sequence, sequence_lengths(batch))
+
+
+def member_weights(groups: Sequence[Group], aggregate: str) -> list[list[float]]:
+    """Per group and member, the weight of each of its tokens (GAME.md, "Learning: GRPO").
+
+    group: token sums, averaged over a group's members (failed ones count as zero), then over groups; token: one
+    mean over all tokens that learn.
+    """
+    if aggregate == "token":
+        total = sum(len(m.sample.token_ids) * m.weight for g in groups for m in g.members)
+        return [[m.weight / total if total else 0.0 for m in g.members] for g in groups]
+    return [[m.weight / (len(g.members) * len(groups)) for m in g.members] for g in groups]
+
+
+def reinforce_advantages(
+    batches: Sequence[tuple[PackedBatch, Sequence[Member], Tensor]], beta: float
+) -> list[Float[Tensor, " rows"]]:
+    """REINFORCE++: token returns with the KL penalty inside, normalised over the global batch.
+
+    `batches` holds (batch, its members, reference token log-probs). A token's return is the reward plus
+    -beta (log pi - log ref) summed from that token to the end; returns are centred and divided by their standard
+    deviation over all tokens.
+    """
+    returns = []
+    for batch, members, reference in batches:
+        penalty = -beta * (batch.sampler_logps - reference)
+        parts = []
+        for i, member in enumerate(members):
+            part = penalty[batch.row_bounds[i] : batch.row_bounds[i + 1]]
+            parts.append(part.flip(0).cumsum(0).flip(0) + member.reward)
+        returns.append(torch.cat(parts))
+    everything = torch.cat(returns)
+    scale = everything.std(correction=0) + 1e-8
+    return [(r - everything.mean()) / scale for r in returns]
+
+
+@dataclass(frozen=True)
+class PolicyResult:
+    loss: Tensor
+    kl: Tensor
+    clip_fraction: Tensor
+
+
+def policy(
+    hidden: Float[Tensor, "rows hidden"],
+    head: Head,
+    batch: PackedBatch,
+    targets: TokenTargets,
+    settings: LearnSettings,
+) -> PolicyResult:
+    """GRPO (KL penalty in the loss, optional truncated weights) or REINFORCE++ (clipped ratio)."""
+    reinforce = settings.objective == "reinforce"
+    out = linear_policy_loss(
+        hidden,
+        head.weight,
+        batch.labels,
+        targets.advantages,
+        targets.weights,
+        ref_logps=targets.reference,
+        old_logps=batch.sampler_logps if reinforce else None,
+        sampler_logps=batch.sampler_logps if settings.importance_weights else None,
+        kl_beta=0.0 if reinforce else settings.beta,
+        clip=settings.ppo_clip if reinforce else None,
+        truncation=settings.truncation if settings.importance_weights else None,
+        entropy_weight=settings.entropy_weight,
+        bias=head.bias,
+        softcap=head.softcap,
+    )
+    return PolicyResult(out.loss, out.kl.sum(), out.clip_fraction)

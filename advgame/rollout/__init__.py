@@ -1,0 +1,1 @@
+"""Engines that sample players and judges, behind one protocol."""

@@ -1,0 +1,79 @@
+"""A Hugging Face tokenizer as a chat format, and the checks of a model folder that need no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from advgame.errors import InputError
+
+
+class ChatFormat:
+    """One user turn in the tokenizer's own chat template.
+
+    A user's text cannot leave its turn: where it spells a special token (an attack that writes `<|im_end|>`), a
+    space breaks the spelling, so that it is encoded as ordinary text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self._special = tuple(token for token in tokenizer.all_special_tokens if len(token) > 1)
+
+    def prompt_ids(self, user: str) -> tuple[int, ...]:
+        for token in self._special:
+            user = user.replace(token, f"{token[0]} {token[1:]}")
+        messages = [{"role": "user", "content": user}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # the template writes the special tokens itself
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        return cast(str, self.tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
+
+
+def load_tokenizer(folder: Path, field: str, *, remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder.
+
+    Raises InputError naming `field` and the folder if the folder, its config.json, its tokenizer or the chat
+    template is missing, or if the tokenizer knows more ids than the model has rows.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{field}: {folder} has no config.json; give a Hugging Face model folder")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{field}: {folder}/config.json does not load: {first_line(error)}") from error
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise InputError(f"{field}: {folder} has no tokenizer; save one there with tokenizer.save_pretrained")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise InputError(f"{field}: the tokenizer in {folder} does not load: {first_line(error)}") from error
+    if not tokenizer.chat_template:
+        raise InputError(f"{field}: the tokenizer in {folder} has no chat template; add chat_template.jinja")
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{field}: the tokenizer in {folder} has no eos_token, so no completion could ever end")
+    rows = config.get_text_config().vocab_size
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise InputError(
+            f"{field}: vocabulary mismatch in {folder}: the tokenizer has ids up to {highest}, the model "
+            f"{rows} rows; use the tokenizer the model was made with"
+        )
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokenizer's closing token and those of the folder's generation_config.json, if any."""
+    ids = [cast(int, tokenizer.eos_token_id)]
+    if (folder / "generation_config.json").is_file():
+        extra = GenerationConfig.from_pretrained(folder).eos_token_id
+        ids += [extra] if isinstance(extra, int) else list(extra or [])
+    return tuple(dict.fromkeys(ids))
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

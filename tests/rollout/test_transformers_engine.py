@@ -1,0 +1,127 @@
+"""The embedded engine against plain forwards: log-probs, random streams, limits, batches, publishing."""
+
+import asyncio
+
+import models
+import pytest
+import torch
+
+from advgame.rollout.engine import EngineError, Request, Sampling, stream_seed
+from advgame.rollout.transformers_engine import TransformersEngine, nucleus
+
+PROMPTS = [(3, 9, 10), (3, 9, 10, 11, 12, 13), (3, 14)]
+
+
+def engine(model=None, **kwargs):
+    return TransformersEngine(model or models.model(), stop_ids=[2], pad_id=0, **kwargs)
+
+
+def request(prompt, n, **sampling):
+    return Request(prompt, Sampling(**({"max_tokens": 12} | sampling)), (0, n), stream_seed(7, (0, n)))
+
+
+def play(made, requests):
+    async def together():
+        return await asyncio.gather(*(made.generate(r) for r in requests))
+
+    return asyncio.run(together())
+
+
+def test_logprobs_are_the_untempered_ones_of_a_plain_forward():
+    model = models.model(seed=1)
+    requests = [request(p, i, temperature=0.7, top_p=0.8) for i, p in enumerate(PROMPTS)]
+    for sample in play(engine(model), requests):
+        ids = torch.tensor([[*sample.prompt_ids, *sample.token_ids]])
+        with torch.no_grad():
+            logps = model(input_ids=ids).logits[0].log_softmax(-1)
+        rows = torch.arange(len(sample.prompt_ids) - 1, ids.shape[1] - 1)
+        expected = logps[rows, torch.tensor(sample.token_ids)]
+        torch.testing.assert_close(torch.tensor(sample.logprobs), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_completion_does_not_depend_on_its_neighbours():
+    model = models.model()
+    requests = [request(p, i) for i, p in enumerate(PROMPTS)]
+    together = play(engine(model), requests)
+    alone = [play(engine(model), [r])[0] for r in requests]
+    assert [s.token_ids for s in together] == [s.token_ids for s in alone]
+
+
+def test_batches_are_formed_by_key_whatever_the_arrival():
+    model = models.model()
+    requests = [request(p, i) for i, p in enumerate(PROMPTS * 3)]
+    forward = play(engine(model, batch=4), requests)
+    backward = play(engine(model, batch=4), requests[::-1])[::-1]
+    assert forward == backward
+
+
+def test_worker_threads_sample_the_same():
+    model = models.model()
+    requests = [request(p, i) for i, p in enumerate(PROMPTS)]
+    assert [s.token_ids for s in play(engine(model), requests)] == [
+        s.token_ids for s in play(engine(model, deterministic=False), requests)
+    ]
+
+
+def test_each_row_has_its_own_limit_and_reason():
+    requests = [request(PROMPTS[0], i, max_tokens=limit) for i, limit in enumerate((1, 3, 200))]
+    samples = play(engine(), requests)
+    for sample, limit in zip(samples, (1, 3, 200), strict=True):
+        assert len(sample.token_ids) <= limit
+        assert len(sample.logprobs) == len(sample.token_ids)
+        assert sample.finish_reason == ("stop" if sample.token_ids[-1] == 2 else "length")
+        assert 2 not in sample.token_ids[:-1]
+
+
+def test_greedy_is_transformers_greedy():
+    model = models.model(seed=3)
+    (sample,) = play(engine(model), [request(PROMPTS[1], 0, temperature=0.0)])
+    out = model.generate(torch.tensor([PROMPTS[1]]), do_sample=False, max_new_tokens=12, eos_token_id=2, pad_token_id=0)
+    assert list(sample.token_ids) == out[0, len(PROMPTS[1]) :].tolist()
+
+
+def test_first_tokens_follow_the_tempered_distribution():
+    model = models.model(seed=2)
+    count, temperature = 4000, 1.3
+    samples = play(
+        engine(model, batch=count),
+        [request(PROMPTS[0], i, temperature=temperature, max_tokens=1) for i in range(count)],
+    )
+    drawn = torch.bincount(torch.tensor([s.token_ids[0] for s in samples]), minlength=32) / count
+    with torch.no_grad():
+        expected = (model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1] / temperature).softmax(-1)
+    # five standard deviations of a frequency
+    assert ((drawn - expected).abs() < 5 * (expected * (1 - expected) / count).sqrt() + 1e-4).all()
+
+
+def test_nucleus_keeps_the_smallest_set_that_holds_the_mass():
+    probs = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.1, 0.5, 0.15, 0.25], [1.0, 0.0, 0.0, 0.0]])
+    kept = nucleus(probs, torch.tensor([[0.7], [1.0], [0.1]]))
+    assert (kept > 0).tolist() == [[False, True, False, True], [True] * 4, [True, False, False, False]]
+
+
+def test_publish_writes_in_place_and_stamps():
+    made, other = engine(models.model(seed=0)), models.model(seed=5)
+    before = play(made, [request(PROMPTS[0], 0, temperature=0.0)])[0]
+
+    def write(served):
+        for name, parameter in other.named_parameters():
+            served[name].copy_(parameter)
+
+    asyncio.run(made.publish(4, write))
+    after = play(made, [request(PROMPTS[0], 0, temperature=0.0)])[0]
+    assert (before.version, after.version) == (0, 4)
+    (own,) = play(engine(other), [request(PROMPTS[0], 0, temperature=0.0)])
+    assert after.token_ids == own.token_ids
+
+
+def test_a_request_beyond_the_models_positions_is_an_engine_error():
+    with pytest.raises(EngineError, match="4096 positions"):
+        play(engine(), [request(PROMPTS[0], 0, max_tokens=5000)])
+
+
+def test_streams_differ_by_key_and_seed_and_repeat():
+    seeds = {stream_seed(s, (0, i)) for s in range(3) for i in range(50)}
+    assert len(seeds) == 150
+    assert stream_seed(1, (2, 3)) == stream_seed(1, (2, 3))
+    assert all(0 <= s < 2**63 for s in seeds)
