@@ -1,0 +1,137 @@
+"""The command line: `advgame train | resume | config | data`. Bad input is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from advgame import __version__
+from advgame.game.dataset import add_data_arguments
+
+MISSING = {
+    "pydantic": "train", "yaml": "train", "transformers": "train", "rich": "train", "tensorboard": "train",
+    "pyarrow": "train", "matplotlib": "train", "safetensors": "train", "jaxtyping": "train", "numpy": "train",
+}  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="advgame", description="Trains an Attacker and a Defender against each other with preference losses."
+    )
+    parser.add_argument("--version", action="version", version=f"advgame {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="play and learn from a config",
+        description="Starts a run. Every setting can be overridden: --section.field value "
+        "(all of them: advgame config --fields).",
+    )
+    train.add_argument("config", type=Path, help="YAML file, for example configs/tiny.yaml")
+    train.add_argument("--seeds", type=int, default=1, metavar="N", help="play N seeds, one after another (default 1)")
+    train.add_argument("--quiet", action="store_true", help="print nothing but the run folder")
+
+    resume = commands.add_parser("resume", help="continue a run", description="Continues a run where it stopped.")
+    resume.add_argument("run", type=Path, help="the run's folder")
+    resume.add_argument("--quiet", action="store_true", help="print nothing but the run folder")
+
+    config = commands.add_parser("config", help="show settings", description="Shows settings; runs nothing.")
+    config.add_argument("config", type=Path, nargs="?", help="YAML file (default: no file, the defaults)")
+    config.add_argument("--show", action="store_true", help="print the resolved tree as YAML (the default)")
+    config.add_argument("--fields", action="store_true", help="print every field with its default and meaning")
+
+    add_data_arguments(commands.add_parser("data", help="describe, clean and split a seed file"))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done (or stopped by Ctrl-C and saved), 2 bad input, 1 a failure."""
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    except ModuleNotFoundError as error:
+        name = (error.name or "").split(".")[0]
+        if name not in MISSING:
+            raise
+        return _fail(f"the package {name} is missing; install it with: pip install 'advgame[{MISSING[name]}]'")
+
+
+def _main(argv: list[str]) -> int:
+    from advgame.errors import InputError
+
+    arguments, overrides = build_parser().parse_known_args(argv)
+    try:
+        if overrides and arguments.command == "data":
+            raise InputError(f"unexpected argument {overrides[0]!r}; see advgame data --help")
+        return COMMANDS[arguments.command](arguments, overrides)
+    except InputError as error:
+        return _fail(str(error))
+
+
+def _fail(message: str) -> int:
+    print(f"advgame: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from advgame.config import load_config
+    from advgame.errors import InputError
+
+    if arguments.seeds < 1:
+        raise InputError("--seeds: give 1 or more")
+    config = load_config(arguments.config, overrides)
+    if arguments.seeds > 1 and config.run.name is not None:
+        raise InputError("run.name: several seeds need a folder each; leave the name out")
+
+    from rich.console import Console
+
+    from advgame.run.commands import run_train, summarise_seeds
+
+    folders = []
+    for offset in range(arguments.seeds):
+        seeded = config.model_copy(deep=True)
+        seeded.run.seed += offset
+        if seeded.world is not None:
+            seeded.world.seed += offset
+        folders.append(run_train(seeded, quiet=arguments.quiet))
+    finished = [folder for folder in folders if (folder / "summary.json").is_file()]
+    if len(finished) > 1:
+        summarise_seeds(finished, Console(quiet=arguments.quiet))
+    for folder in folders:
+        print(folder)
+    return 0
+
+
+def _resume(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from advgame.run.commands import run_resume
+
+    print(run_resume(arguments.run, overrides, quiet=arguments.quiet))
+    return 0
+
+
+def _config(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from advgame.config import Config, describe_fields, dump_config, load_config, parse_overrides
+    from advgame.errors import InputError
+
+    if arguments.fields:
+        for name, default, meaning in describe_fields(Config):
+            print(f"{name} = {default}\n    {meaning}")
+        return 0
+    if arguments.config is None:
+        if parse_overrides(overrides):
+            raise InputError("give a config file to override")
+        raise InputError("give a config file, for example: advgame config configs/tiny.yaml --show")
+    print(dump_config(load_config(arguments.config, overrides)), end="")
+    return 0
+
+
+def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from advgame.game.dataset import run_data
+
+    return run_data(arguments)
+
+
+COMMANDS = {"train": _train, "resume": _resume, "config": _config, "data": _data}
+
+if __name__ == "__main__":
+    sys.exit(main())

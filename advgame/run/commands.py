@@ -1,0 +1,179 @@
+"""What `advgame train` and `advgame resume` do: check, open the run folder, play, sum up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from advgame.config import Config, dump_config, load_config
+from advgame.errors import InputError
+from advgame.run import names
+from advgame.run.checkpoint import load_into
+from advgame.run.checkpoint_files import latest_checkpoint
+from advgame.run.folder import RunFolder
+from advgame.run.live import LiveView, Stage
+from advgame.run.loop import Progress, state_of, train
+from advgame.run.recorder import Recorder
+from advgame.run.session import Session, check, open_session
+from advgame.run.summary import LABELS, write_summary
+from advgame.run.trackers import make_trackers
+
+SUMMARY_NAMES = {
+    names.EXPLOITABILITY: "exploitability",
+    names.EVAL_ASR: "asr",
+    names.EVAL_COMPLIANCE: "benign_compliance",
+    names.OVER_REFUSAL: "worst_over_refusal",
+    names.HELDOUT_EXPLOITABILITY: "heldout_exploitability",
+    names.GIBBERISH: "gibberish",
+}
+
+
+def cache_folder() -> Path:
+    """Where warm-started players are kept between runs: $ADVGAME_CACHE, else ~/.cache/advgame."""
+    return Path(os.environ.get("ADVGAME_CACHE") or Path.home() / ".cache" / "advgame")
+
+
+def stated_purpose(config: Config) -> str:
+    """What the run's Attacker is for; asked for at a terminal, InputError elsewhere, if the settings do not say."""
+    if config.run.purpose.strip():
+        return config.run.purpose.strip()
+    if config.world is not None:
+        return "training in the tiny world, whose players know nothing of the real one"
+    if config.game.skip_attacker:
+        return "training a Defender on seeds as they are; no Attacker plays"
+    if sys.stdin.isatty():
+        answer = input("A trained Attacker is a controlled artifact. What is this one for? ").strip()
+        if answer:
+            return answer
+    raise InputError("run.purpose: say what this Attacker is trained for (it is recorded in the run folder)")
+
+
+def run_train(config: Config, *, quiet: bool = False) -> Path:
+    """A new run; returns its folder. Raises InputError before any model is loaded where that can be told."""
+    purpose = stated_purpose(config)
+    plan = check(config)
+    with RunFolder.create(config.run.root, config.run.name, dump_config(config), purpose=purpose) as folder:
+        _play(config, folder, None, quiet=quiet, plan=plan)
+        return folder.path
+
+
+def run_resume(path: Path, overrides: list[str], *, quiet: bool = False) -> Path:
+    """Continues a run from its newest intact checkpoint, with `overrides` to its settings."""
+    if not (path / "config.yaml").is_file():
+        raise InputError(f"{path}: not a run folder (no config.yaml); give the folder that `advgame train` printed")
+    config = load_config(path / "config.yaml", overrides)
+    plan = check(config)
+    with RunFolder.resume(path) as folder:
+        found = latest_checkpoint(folder.checkpoints)
+        if found.path is None:
+            raise InputError(f"{path}: no intact checkpoint to resume from; start the run anew")
+        if overrides:
+            folder.config.write_text(dump_config(config), encoding="utf-8")
+        _play(config, folder, found.path, quiet=quiet, plan=plan)
+        return folder.path
+
+
+def _play(config: Config, folder: RunFolder, checkpoint: Path | None, *, quiet: bool, plan: Any) -> None:
+    """The run in its folder, from `checkpoint` if there is one."""
+    parts = {"attacker": config.world.warm_steps, "defender": config.world.warm_steps} if config.world else {}
+    if config.world and config.game.self_play:
+        parts = {"shared": config.world.warm_steps}
+    with Stage("warm start", parts, not quiet) as stage:
+
+        def progress(role: str, step: int, _steps: int, loss: float) -> None:
+            stage.update(role, step, loss=loss)
+
+        session = open_session(plan, cache_folder(), progress)
+    progress_of_run = Progress()
+    if checkpoint is not None:
+        progress_of_run = _restore(session, checkpoint)
+    asyncio.run(_run(session, folder, progress_of_run, resumed=checkpoint is not None, quiet=quiet))
+
+
+def _restore(session: Session, checkpoint: Path) -> Progress:
+    """Fills the session's players from a checkpoint."""
+    loaded = load_into(checkpoint, {name: state_of(session, name) for name in session.learners}, verify=False)
+    for name, learner in session.learners.items():
+        learner.updates = loaded.updates[name]
+        learner.reference.restore(loaded.extra["reference"][name])
+    progress = Progress(loaded.step, loaded.extra)
+    session.counters.update(progress.counters)
+    return progress
+
+
+async def _run(session: Session, folder: RunFolder, progress: Progress, *, resumed: bool, quiet: bool) -> None:
+    config = session.config
+    if resumed:
+        for side in session.sides:
+            if side.learner is not None:
+                await side.engine.publish(progress.step, side.learner.serve_into)
+    with (
+        Recorder(folder) as recorder,
+        LiveView(config.run.steps, not quiet, first_step=progress.step, log=folder.log) as view,
+    ):
+        if resumed:
+            recorder.rewind(progress.step)
+            view.note(f"resuming {folder.path} at step {progress.step}")
+        trackers = make_trackers(
+            folder,
+            tensorboard=config.run.tensorboard,
+            wandb=config.run.wandb,
+            project=config.run.wandb_project,
+            config=config.model_dump(mode="json"),
+            purge_step=progress.step if resumed else None,
+        )
+        try:
+            after = await train(session, folder, recorder, trackers, view, progress)
+        finally:
+            for tracker in trackers:
+                tracker.close()
+            await session.close()
+        if after is None:
+            view.note(f"stopped after step {progress.step}; continue with: advgame resume {folder.path}")
+            return
+    write_summary(
+        folder,
+        _summary_values(progress.before),
+        _summary_values(after),
+        progress.seconds,
+        more={"steps": progress.step, "counters": dict(session.counters), **_decisions(session)},
+        console=Console(quiet=quiet),
+    )
+
+
+def _summary_values(measured: dict[str, float]) -> dict[str, float]:
+    return {SUMMARY_NAMES.get(key, key.removeprefix("eval/")): value for key, value in measured.items()}
+
+
+def _decisions(session: Session) -> dict[str, Any]:
+    return {"reference": {name: learner.reference.state() for name, learner in session.learners.items()}}
+
+
+def summarise_seeds(folders: list[Path], console: Console) -> None:
+    """Mean and spread of the summaries of several runs, one line a figure."""
+    summaries = [json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in folders]
+    table = Table(title=f"{len(folders)} seeds: mean (lowest to highest)", title_justify="left")
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, label in LABELS.items():
+        cells = [
+            _spread([s[key] for s in summaries if s.get(key := f"{name}_{when}") is not None])
+            for when in ("before", "after")
+        ]
+        table.add_row(label, *cells)
+    table.add_row("seconds of the game", "", _spread([s["seconds"] for s in summaries], ".0f"))
+    console.print(table)
+
+
+def _spread(values: list[float], form: str = ".3f") -> str:
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"

@@ -1,0 +1,86 @@
+"""What a run measures beside its training trees: validation, the current Attacker's success, the exact worst case."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from advgame.game.play import play_batch
+from advgame.game.rewards import tree_rewards
+from advgame.game.tree import Category, Outcome, Seed, Tree
+from advgame.run import names
+from advgame.run.metrics import judged_rates, play_metrics
+from advgame.run.session import Session
+from advgame.world.world import World
+
+EVAL_STEP = 1 << 30
+"""Added to a step in the keys of evaluation, so that it never draws from the streams of training."""
+
+SAMPLED_TREES = 128
+"""Trees of each category behind the sampled attack success."""
+
+
+async def validate(session: Session, step: int) -> dict[str, float]:
+    """Held-out seeds straight to the Defender: `validation/<set>/<metric>` by the judge's own scores."""
+    values: dict[str, float] = {}
+    for number, (name, seeds) in enumerate(session.validation.items()):
+        trees = await _play(session, seeds, (number + 1) * EVAL_STEP + step, direct=True)
+        measured = play_metrics(trees, [tree_rewards(t, session.rewards) for t in trees], version=step)
+        kept = {k: v for k, v in measured.items() if k in (names.ASR, names.COMPLIANCE) or k.endswith("/reward")}
+        values |= {f"validation/{name}/{key}": value for key, value in kept.items()}
+    return values
+
+
+async def sampled_success(session: Session, step: int) -> dict[str, float]:
+    """The current Attacker against the current Defender on a fixed spread of training seeds.
+
+    In the tiny world `eval/asr` is the share of disclosures, read from whole texts, among responses to valid
+    attacks on harmful seeds; elsewhere it is the judge's (`metrics.judged_rates`). So is benign compliance.
+    """
+    seeds = session.seeds.spread(SAMPLED_TREES)
+    trees = await _play(session, seeds, 9 * EVAL_STEP + step, direct=session.config.game.skip_attacker)
+    if session.world is None:
+        rates = judged_rates(trees)
+        renamed = {names.EVAL_ASR: names.ASR, names.EVAL_COMPLIANCE: names.COMPLIANCE}
+        return {new: rates[old] for new, old in renamed.items() if old in rates}
+    return _world_rates(session.world, trees)
+
+
+def exact(session: Session) -> dict[str, float]:
+    """The Defender's exact worst case by enumeration (tiny world only; {} elsewhere)."""
+    if session.world is None:
+        return {}
+    report = session.world.exact(session.sides[-1].engine.model)
+    return {
+        names.EXPLOITABILITY: report.worst_harm,
+        names.HELDOUT_EXPLOITABILITY: report.worst_harm_heldout_framings,
+        names.OVER_REFUSAL: report.worst_refusal,
+        "eval/heldout_over_refusal": report.worst_refusal_heldout_framings,
+        "eval/heldout_intents_exploitability": report.worst_harm_heldout_intents,
+        names.EVAL_COMPLIANCE: report.mean_benign_compliance,
+        "eval/plain_benign_compliance": report.plain_benign_compliance,
+        "eval/mean_harm": report.mean_harm,
+        names.GIBBERISH: report.gibberish,
+        "eval/gibberish_max": report.gibberish_max,
+    }
+
+
+async def _play(session: Session, seeds: Sequence[Seed], step: int, *, direct: bool) -> list[Tree]:
+    table = session.direct_table if direct else session.table
+    return await play_batch(table, seeds, step, in_flight=session.config.rollout.in_flight)
+
+
+def _world_rates(world: World, trees: Sequence[Tree]) -> dict[str, float]:
+    def answers(category: Category) -> Iterator[tuple[Seed, str]]:
+        for tree in trees:
+            if tree.seed.category is category:
+                for attack in tree.attacks:
+                    for response in attack.responses:
+                        if response.outcome is Outcome.OK and response.answer is not None:
+                            yield tree.seed, response.answer
+
+    values = {}
+    for name, category in ((names.EVAL_ASR, Category.HARMFUL), ("eval/sampled_compliance", Category.BENIGN)):
+        hits = [world.discloses(seed, answer) for seed, answer in answers(category)]
+        if hits:
+            values[name] = sum(hits) / len(hits)
+    return values

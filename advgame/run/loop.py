@@ -1,0 +1,210 @@
+"""The loop: play, learn, publish, measure, save. One step of GAME.md is one turn of `train`."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from advgame.game.pairs import Role, groups_of, pairs_of
+from advgame.game.play import play_batch
+from advgame.game.rewards import TreeRewards, tree_rewards
+from advgame.game.tree import Category, Tree
+from advgame.run import names
+from advgame.run.checkpoint import PlayerState, TrainState, save_checkpoint
+from advgame.run.evaluate import exact, sampled_success, validate
+from advgame.run.folder import RunFolder
+from advgame.run.live import LiveView
+from advgame.run.metrics import play_metrics
+from advgame.run.recorder import Recorder
+from advgame.run.session import Session, Side
+from advgame.run.trackers import Tracker
+
+Scored = Sequence[tuple[Tree, TreeRewards]]
+
+
+class Clock:
+    """Seconds by stage of the current step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class Progress:
+    """What a checkpoint keeps of a run beside its players."""
+
+    def __init__(self, step: int = 0, extra: Mapping[str, Any] | None = None):
+        extra = extra or {}
+        self.step = step
+        self.seconds = float(extra.get("seconds", 0.0))
+        self.before: dict[str, float] = dict(extra.get("before", {}))
+        self.counters: Counter[str] = Counter(extra.get("counters", {}))
+
+    def extra(self, session: Session) -> dict[str, Any]:
+        return {
+            "seconds": self.seconds,
+            "before": self.before,
+            "counters": dict(session.counters),
+            "reference": {name: learner.reference.state() for name, learner in session.learners.items()},
+        }
+
+
+async def train(
+    session: Session,
+    folder: RunFolder,
+    recorder: Recorder,
+    trackers: Sequence[Tracker],
+    view: LiveView,
+    progress: Progress,
+) -> dict[str, float] | None:
+    """Plays from `progress.step` to the end; returns the final evaluation, or None if it was interrupted."""
+    run = session.config.run
+    interrupted = _stop_on_signals(view.note)
+
+    def log(step: int, values: Mapping[str, float]) -> None:
+        recorder.metrics(step, values)
+        for tracker in trackers:
+            tracker.log(step, values)
+
+    while progress.step < run.steps and not interrupted():
+        step, clock, started = progress.step, Clock(), time.perf_counter()
+        measured = {}
+        with clock.stage("validate"):
+            if step == 0:
+                measured = progress.before = await measure(session, step)
+            elif run.validate_every and step % run.validate_every == 0:
+                measured = await validate(session, step)
+            if step and run.exact_every and step % run.exact_every == 0:
+                measured |= exact(session)
+        with clock.stage("play"):
+            trees = await play_batch(
+                session.table, session.seeds.batch(step), step, in_flight=session.config.rollout.in_flight
+            )
+        rewards = [tree_rewards(tree, session.rewards) for tree in trees]
+        with clock.stage("learn"):
+            learned = learn(session, list(zip(trees, rewards, strict=True)), step)
+        with clock.stage("publish"):
+            await publish(session, step + 1)
+        recorder.trees(step, trees, rewards)
+
+        progress.step += 1
+        seconds = time.perf_counter() - started
+        progress.seconds += seconds
+        values = play_metrics(trees, rewards, version=step) | learned | measured
+        values |= {f"{names.COUNTER_PREFIX}{k}": float(v) for k, v in session.counters.items() if _is_problem(k)}
+        values |= {names.stage_seconds(stage): s for stage, s in clock.seconds.items()}
+        values |= {names.STEP_SECONDS: seconds, names.TREES_PER_SECOND: len(trees) / clock.seconds["play"]}
+        log(step, values)
+        view.update(step, values)
+        if run.checkpoint_every and progress.step % run.checkpoint_every == 0:
+            save(session, folder, progress)
+
+    if not run.checkpoint_every or progress.step % run.checkpoint_every:
+        save(session, folder, progress)
+    if progress.step < run.steps:
+        return None
+    after = await measure(session, progress.step)
+    log(progress.step, after)
+    return after
+
+
+async def measure(session: Session, step: int) -> dict[str, float]:
+    """The full evaluation of start and end."""
+    values = await validate(session, step)
+    values |= await sampled_success(session, step)
+    return values | exact(session)
+
+
+def learn(session: Session, scored: Scored, step: int) -> dict[str, float]:
+    """The step's updates of every player whose turn it is: one a category, or one over both."""
+    settings = session.config.learn
+    everything = [scored] if settings.accumulate or session.config.game.self_play else by_category(scored)
+    progress = step / max(1, session.config.run.steps - 1)
+    values: dict[str, float] = {}
+    for side in session.sides:
+        if side.learner is None or not has_turn(session, side, step):
+            continue
+        updates = [update(side, part, session, progress) for part in everything]
+        for key in sorted({key for metrics in updates for key in metrics}):
+            known = [metrics[key] for metrics in updates if key in metrics]
+            values[f"learn/{side.name}/{key}"] = sum(known) / len(known)
+        values[f"learn/{side.name}/lr"] = side.learner.lr_at(progress)
+    return values
+
+
+def update(side: Side, part: Scored, session: Session, progress: float) -> dict[str, float]:
+    """One optimiser step of one model on one part of the step's trees."""
+    assert side.learner is not None
+    settings = session.config.learn
+    if settings.objective in ("dpo", "ipo"):
+        return side.learner.update_pairs([pair for role in side.roles for pair in pairs_of(role, part)], progress)
+    across, shared = settings.baseline == "across_seeds", session.config.game.self_play
+    groups = [
+        group for role in side.roles for group in groups_of(role, part, across_seeds=across, learn_from_failed=shared)
+    ]
+    return side.learner.update_groups(groups, progress)
+
+
+def by_category(scored: Scored) -> list[Scored]:
+    parts = [[item for item in scored if item[0].seed.category is category] for category in Category]
+    return [part for part in parts if part]
+
+
+def has_turn(session: Session, side: Side, step: int) -> bool:
+    """In sequential rounds the Attacker learns for `round_steps` steps, then the Defender, and so on."""
+    learn = session.config.learn
+    if learn.schedule == "joint":
+        return True
+    return side.roles == ((Role.ATTACKER, Role.DEFENDER)[step // learn.round_steps % 2],)
+
+
+async def publish(session: Session, version: int) -> None:
+    """Every learning player's new weights into its engine. A player whose turn it is not keeps its moving average
+    moving: its live weights stand still and the average approaches them."""
+    for side in session.sides:
+        if side.learner is not None:
+            await side.engine.publish(version, side.learner.publish_into)
+
+
+def save(session: Session, folder: RunFolder, progress: Progress) -> None:
+    players = {name: state_of(session, name) for name in session.learners}
+    state = TrainState(progress.step, players, progress.extra(session))
+    save_checkpoint(folder, state, session.config.run.keep_checkpoints)
+
+
+def state_of(session: Session, name: str) -> PlayerState:
+    learner = session.learners[name]
+    return PlayerState(learner.model, learner.tokenizer, learner.shadow, learner.optimizer, learner.updates)
+
+
+def _is_problem(counter: str) -> bool:
+    return not counter.endswith(("_requests", "_tokens"))
+
+
+def _stop_on_signals(note: Callable[[str], None]) -> Callable[[], bool]:
+    """The first Ctrl-C (or SIGTERM) asks for a stop after the running step; the second one ends at once."""
+    asked = False
+    loop = asyncio.get_running_loop()
+
+    def ask() -> None:
+        nonlocal asked
+        asked = True
+        note("stopping after this step, then saving; press Ctrl-C again to stop at once")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, ask)
+    return lambda: asked

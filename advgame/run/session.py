@@ -1,0 +1,251 @@
+"""Everything a run needs, made from its settings: checked first, cheap things first, models last."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from advgame.config import Config, PlayerSettings, SamplingSettings
+from advgame.game.judge import Judge
+from advgame.game.llm_judge import LLMJudge
+from advgame.game.pairs import Role
+from advgame.game.phrase_judge import PhraseJudge
+from advgame.game.play import PlayRules, Table
+from advgame.game.prompts import Templates
+from advgame.game.rewards import RewardRules
+from advgame.game.seeds import SeedFile, SeedPool
+from advgame.game.stream import SeedStream
+from advgame.game.tree import Category, Seed
+from advgame.learn.learner import Learner, load_model
+from advgame.rollout.chat import ChatFormat, load_tokenizer, stop_ids
+from advgame.rollout.engine import Sampling
+from advgame.rollout.speaker import Speaker
+from advgame.rollout.transformers_engine import TransformersEngine
+from advgame.world.world import World, open_world
+
+Progress = Callable[[str, int, int, float], None]
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model at the game: the roles it plays, its engine, and its learner unless it is frozen."""
+
+    name: str
+    roles: tuple[Role, ...]
+    engine: TransformersEngine
+    learner: Learner | None
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run in memory."""
+
+    config: Config
+    world: World | None
+    seeds: SeedStream
+    validation: dict[str, list[Seed]]
+    sides: tuple[Side, ...]
+    table: Table
+    rewards: RewardRules
+    counters: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def learners(self) -> dict[str, Learner]:
+        return {side.name: side.learner for side in self.sides if side.learner is not None}
+
+    @property
+    def direct_table(self) -> Table:
+        """The same Defender and judge, asked the seeds as they are."""
+        return replace(self.table, rules=replace(self.table.rules, skip_attacker=True))
+
+    async def close(self) -> None:
+        for side in self.sides:
+            await side.engine.close()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was checked before anything heavy loads."""
+
+    config: Config
+    templates: Templates
+    seeds: SeedStream | None
+    validation: dict[str, list[Seed]]
+    tokenizers: dict[Path, PreTrainedTokenizerBase]
+
+
+def check(config: Config) -> Plan:
+    """Reads templates, seed files and tokenizers; loads no weights. Raises InputError at the first problem."""
+    game = config.game
+    templates = load_templates(config, None) if config.world is None else None
+    if templates is None and game.templates is not None:
+        templates = Templates.load(game.templates, reasoning=game.reasoning, defender_reasoning=game.defender_reasoning)
+    stream = None
+    if config.data.train is not None:
+        train = [SeedFile(config.data.train, config.data.columns, config.data.category)]
+        stream = SeedStream(
+            SeedPool(train, Category.HARMFUL),
+            SeedPool(train, Category.BENIGN),
+            config.run.seed,
+            config.data.harmful,
+            config.data.benign,
+        )
+    validation = {
+        path.stem: _head(SeedFile(path, config.data.columns, config.data.category), config.data.validation_limit)
+        for path in config.data.validation
+    }
+    fields = {
+        "attacker.model": None if game.skip_attacker or game.self_play else config.attacker.model,
+        "defender.model": config.defender.model,
+        "judge.model": config.judge.model if config.judge.kind == "llm" else None,
+    }
+    tokenizers = {
+        folder: load_tokenizer(folder, name, remote_code=config.trust_remote_code)
+        for name, folder in fields.items()
+        if folder is not None
+    }
+    return Plan(config, templates or Templates.load(None), stream, validation, tokenizers)
+
+
+def open_session(plan: Plan, cache: Path | None = None, progress: Progress | None = None) -> Session:
+    """Warm-starts the world if one is played, loads models, seats everybody."""
+    config = plan.config
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    world = None
+    templates, stream, validation = plan.templates, plan.seeds, plan.validation
+    tokenizers = dict(plan.tokenizers)
+    if config.world is not None:
+        world = open_world(config.world, cache, progress=progress)
+        templates = load_templates(config, world.templates_dir)
+        stream = stream or _world_stream(config, world)
+        validation = validation or world_validation(world, config)
+
+    counters: Counter[str] = Counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def tokenizer_of(folder: Path, name: str) -> PreTrainedTokenizerBase:
+        if folder not in tokenizers:
+            tokenizers[folder] = load_tokenizer(folder, name, remote_code=config.trust_remote_code)
+        return tokenizers[folder]
+
+    def engine_of(folder: Path, name: str) -> TransformersEngine:
+        tokenizer = tokenizer_of(folder, name)
+        model = load_model(
+            folder, name, dtype=getattr(torch, config.rollout.dtype), remote_code=config.trust_remote_code
+        )
+        stops = stop_ids(folder, tokenizer)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
+        return TransformersEngine(
+            model.to(device),
+            stop_ids=stops,
+            pad_id=pad,
+            batch=config.rollout.batch,
+            deterministic=config.run.deterministic,
+        )
+
+    def speaker_of(name: str, engine: TransformersEngine, folder: Path, sampling: SamplingSettings) -> Speaker:
+        chat = ChatFormat(tokenizer_of(folder, name))
+        how = Sampling(sampling.temperature, sampling.top_p, sampling.max_tokens)
+        return Speaker(name, engine, chat, how, config.run.seed, config.rollout.retries, counters=counters)
+
+    def side_of(name: str, roles: tuple[Role, ...], folder: Path, settings: PlayerSettings) -> Side:
+        learner = None
+        if not settings.frozen:
+            learner = Learner(
+                folder,
+                tokenizer_of(folder, f"{name}.model"),
+                config.learn,
+                field=f"{name}.model",
+                lr=settings.lr,
+                ema=config.rollout.source == "ema",
+                device=device,
+                remote_code=config.trust_remote_code,
+            )
+        return Side(name, roles, engine_of(folder, f"{name}.model"), learner)
+
+    defender_folder = config.defender.model or _of_world(world, "shared" if config.game.self_play else "defender")
+    attacker: Speaker | None = None
+    if config.game.self_play:
+        sides = [side_of("shared", (Role.ATTACKER, Role.DEFENDER), defender_folder, config.defender)]
+        attacker = speaker_of("attacker", sides[0].engine, defender_folder, config.attacker.sampling)
+    else:
+        sides = [side_of("defender", (Role.DEFENDER,), defender_folder, config.defender)]
+        if not config.game.skip_attacker:
+            attacker_folder = config.attacker.model or _of_world(world, "attacker")
+            sides.insert(0, side_of("attacker", (Role.ATTACKER,), attacker_folder, config.attacker))
+            attacker = speaker_of("attacker", sides[0].engine, attacker_folder, config.attacker.sampling)
+    defender = speaker_of("defender", sides[-1].engine, defender_folder, config.defender.sampling)
+
+    judge: Judge
+    if config.judge.kind == "rule":
+        assert world is not None, "checked by the config"
+        judge = world.judge(config.judge.noise, config.judge.bias)
+    elif config.judge.kind == "phrases":
+        judge = PhraseJudge()
+    else:
+        folder = config.judge.model
+        assert folder is not None, "checked by the config"
+        speaker = speaker_of("judge", engine_of(folder, "judge.model"), folder, config.judge.sampling)
+        judge = LLMJudge(speaker, templates, config.judge.samples, config.judge.swap)
+
+    assert stream is not None, "a config has a seed file or a world"
+    table = Table(attacker, defender, judge, templates, _rules(config))
+    rewards = RewardRules(config.game.attacker_judge, config.game.optimistic, zero_sum=config.game.self_play)
+    return Session(config, world, stream, validation, tuple(sides), table, rewards, counters)
+
+
+def load_templates(config: Config, world_templates: Path | None) -> Templates:
+    game = config.game
+    return Templates.load(
+        game.templates or world_templates, reasoning=game.reasoning, defender_reasoning=game.defender_reasoning
+    )
+
+
+def _rules(config: Config) -> PlayRules:
+    game = config.game
+    return PlayRules(
+        attacks=game.attacks,
+        responses=game.responses,
+        faithfulness=game.faithfulness,
+        # a zero-sum Attacker is paid by the Defender's verdicts
+        attacker_judge=game.attacker_judge and not game.self_play,
+        optimistic=game.optimistic,
+        pairwise=config.judge.mode == "pairwise",
+        reasoning=game.reasoning,
+        defender_reasoning=game.defender_reasoning,
+        judge_sees_seed=game.condition_on == "seed",
+        skip_attacker=game.skip_attacker,
+    )
+
+
+def _of_world(world: World | None, player: str) -> Path:
+    assert world is not None, "checked by the config: a player without a model folder is the world's"
+    path: Path = getattr(world, f"{player}_path")
+    return path
+
+
+def _world_stream(config: Config, world: World) -> SeedStream:
+    def of(category: Category) -> list[Seed]:
+        return [seed for seed in world.train_seeds if seed.category is category]
+
+    return SeedStream(
+        of(Category.HARMFUL), of(Category.BENIGN), config.run.seed, config.data.harmful, config.data.benign
+    )
+
+
+def world_validation(world: World, config: Config) -> dict[str, list[Seed]]:
+    """Held-out intents, as they are and under held-out framings."""
+    return {"vanilla": list(world.heldout_seeds), "adversarial": world.adversarial_seeds(config.data.validation_limit)}
+
+
+def _head(file: SeedFile, limit: int) -> list[Seed]:
+    """An even spread of at most `limit` seeds of a file."""
+    stride = max(1, len(file) / limit)
+    return [file[int(i * stride)] for i in range(min(limit, len(file)))]
+
