@@ -1,6 +1,7 @@
 """The kernel library against its floors and its peers: `python -m bench kernels --device cpu|cuda [--out]`.
 
-Floors come first, then every contender against them. `--out` writes bench/results/<device>-<date>.json.
+Floors come first, then every contender against them. `--out` writes bench/results/<device>-<date>.json and its plot;
+`--check` runs the tests first.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import datetime
 import json
 import platform
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +25,7 @@ from advgame_kernels import native
 from bench import peers
 from bench.floors import HeadShape, copy_bandwidth, three_gemms
 from bench.margins import margin_errors
+from bench.plots import draw
 from bench.timing import alternate, table
 
 SIZES = {
@@ -125,7 +129,7 @@ def bench_ema(parameters: int, device: torch.device, repeats: int, bandwidth: fl
     """ema_update_ with a bf16 copy, against 14 bytes a parameter."""
     floor = 14.0 * parameters / bandwidth * 1e3
     print(f"\nema_update_ with bf16 copy, {parameters / 1e6:.1f} M parameters in 64 tensors")
-    print(f"  floor: {14 * parameters / 1e6:.0f} MB at the copy's rate, {floor:.2f} ms")
+    print(f"  floor: {14 * parameters / 1e6:.0f} MB at the memory's rate, {floor:.2f} ms")
     sizes = [parameters // 64] * 64
     shadow = [torch.zeros(n, device=device) for n in sizes]
     params = [torch.ones(n, device=device) for n in sizes]
@@ -153,8 +157,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rows", type=int, help="rows of the head, in place of the device's default")
     parser.add_argument("--vocab", type=int)
     parser.add_argument("--width", type=int)
-    parser.add_argument("--out", action="store_true", help="write bench/results/<device>-<date>.json")
+    parser.add_argument("--out", action="store_true", help="write bench/results/<device>-<date>.json and .svg")
+    parser.add_argument("--check", action="store_true", help="run tests/kernels first, and stop if they fail")
     options = parser.parse_args(arguments)
+    if options.check:
+        tests = Path(__file__).parent.parent / "tests" / "kernels"
+        code = subprocess.run([sys.executable, "-m", "pytest", str(tests)], check=False).returncode
+        if code:
+            return code
     device, sizes = torch.device(options.device), SIZES[options.device]
     shape = HeadShape(
         options.rows or sizes["head"].rows, options.vocab or sizes["head"].vocab, options.width or sizes["head"].width
@@ -162,7 +172,7 @@ def main(arguments: list[str]) -> int:
     narrow = device.type == "cuda"
     print(f"{device_name(device)}; torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
     bandwidth = copy_bandwidth(device, options.repeats)
-    print(f"device copy: {bandwidth / 1e9:.1f} GB/s, reads and writes both counted")
+    print(f"memory: {bandwidth / 1e9:.1f} GB/s, reads and writes both counted (copy or pass in place)")
     result: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "copy_bytes_per_s": bandwidth}
     result["margins"] = margin_errors(device)
     dtypes = (torch.bfloat16,) if narrow else (torch.float32, torch.bfloat16)
@@ -177,5 +187,6 @@ def main(arguments: list[str]) -> int:
         slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
         path = folder / f"{slug}-{datetime.date.today().isoformat()}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"\nwritten: {path}")
+        draw(result, path.with_suffix(".svg"))
+        print(f"\nwritten: {path} and .svg")
     return 0

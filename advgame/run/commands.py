@@ -21,6 +21,7 @@ from advgame.run.checkpoint_files import latest_checkpoint
 from advgame.run.folder import RunFolder
 from advgame.run.live import LiveView, Stage
 from advgame.run.loop import Progress, state_of, train
+from advgame.run.malloc import keep_freed_memory
 from advgame.run.recorder import Recorder
 from advgame.run.session import Session, check, open_session
 from advgame.run.summary import LABELS, write_summary
@@ -83,6 +84,7 @@ def run_resume(path: Path, overrides: list[str], *, quiet: bool = False) -> Path
 
 def _play(config: Config, folder: RunFolder, checkpoint: Path | None, *, quiet: bool, plan: Any) -> None:
     """The run in its folder, from `checkpoint` if there is one."""
+    keep_freed_memory()
     parts = {"attacker": config.world.warm_steps, "defender": config.world.warm_steps} if config.world else {}
     if config.world and config.game.self_play:
         parts = {"shared": config.world.warm_steps}

@@ -123,8 +123,9 @@ def linear_head(
     floating("weight", weight, 2, hidden.device)
     if weight.shape[1] != hidden.shape[1]:
         refuse("weight", f"shape (V, {hidden.shape[1]})", describe(weight))
-    if weight.dtype != hidden.dtype:
-        refuse("weight", f"the dtype of hidden, {hidden.dtype}", describe(weight))
+    master = weight.dtype == torch.float32 and hidden.dtype.itemsize == 2
+    if weight.dtype != hidden.dtype and not master:
+        refuse("weight", f"the dtype of hidden, {hidden.dtype}, or float32 beside half precision", describe(weight))
     if weight.shape[0] == 0:
         refuse("weight", "at least one vocabulary row", describe(weight))
     label_ids(labels, hidden.shape[0], shards * weight.shape[0], hidden.device)

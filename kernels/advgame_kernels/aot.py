@@ -65,7 +65,7 @@ def variants() -> Iterator[Variant]:
             yield Variant(
                 f"row_stats[{logits}{', softcap' if softcap else ''}]", passes_triton.row_stats_kernel, types | row,
                 {"SOFTCAP": softcap, "BLOCK": passes_triton.BLOCK},
-                ("logits", "labels", "logps", "entropy", "lse", "vocab", "stride"), options,
+                ("logits", "vocab", "stride"), options,
             )  # fmt: skip
     vectors = ("entropy", "lse", "d_logps", "d_entropy", "d_lse")
     for logits, grads in (("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")):
@@ -81,7 +81,7 @@ def variants() -> Iterator[Variant]:
                 passes_triton.row_grads_kernel, types | row | {"grad_stride": "i32"},
                 {"HAS_LOGPS": True, "HAS_ENTROPY": every, "HAS_LSE": every, "SOFTCAP": every, "NARROW": logits != grads,
                  "BLOCK": passes_triton.BLOCK},
-                ("logits", "grads", "labels", *vectors, "vocab", "stride", "grad_stride"), options,
+                ("logits", "grads", "vocab", "stride", "grad_stride"), options,
             )  # fmt: skip
     for shadow, param, publish in (
         ("fp32", "fp32", "bf16"), ("fp32", "fp32", None), ("fp32", "bf16", "bf16"), ("stochastic", "fp32", "bf16"),
@@ -109,7 +109,7 @@ def variants() -> Iterator[Variant]:
         }  # fmt: skip
         yield Variant(
             f"pair[{kind}]", preference_triton.pair_kernel,
-            pointers | {"first_row": "i32"} | dict.fromkeys(scalars, "fp32"), constants, tuple(pointers),
+            pointers | {"first_row": "i32"} | dict.fromkeys(scalars, "fp32"), constants, ("terms",),
             {"num_warps": preference_triton.WARPS},
         )  # fmt: skip
     tokens = dict.fromkeys(("logps", "advantages", "weights", "ref", "old", "sampler", "d_logps"), "*fp32")
@@ -120,7 +120,7 @@ def variants() -> Iterator[Variant]:
         tokens | {"terms": "*fp64", "count": "i32"} | dict.fromkeys(("kl_beta", "low", "high", "truncation"), "fp32")
     )
     options = {"num_warps": policy_triton.WARPS}
-    yield Variant("token[everything]", policy_triton.token_kernel, types, constants, (*tokens, "terms"), options)
+    yield Variant("token[everything]", policy_triton.token_kernel, types, constants, (), options)
 
 
 def compile_variant(variant: Variant, capability: int) -> Report:

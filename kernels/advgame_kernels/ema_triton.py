@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from advgame_kernels._launch import device_of
+
 BLOCK = 2048
 BLOCKS = 32  # a program's share of a tensor
 WARPS = 8
@@ -100,13 +102,14 @@ def _ema_update_(
     addresses = table[:, :4]
     device = shadow[0].device
     on_device = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
-    ema_kernel[(segments,)](
-        on_device, step, seed, table.shape[0], SHADOW=TRITON_TYPES[shadow[0].dtype],
-        PARAM=TRITON_TYPES[params[0].dtype], PUBLISH=TRITON_TYPES[publish[0].dtype if publish else torch.float32],
-        HAS_PUBLISH=bool(publish), COMPENSATED=bool(compensation), STOCHASTIC=stochastic,
-        ALIGNED=bool((addresses % 16 == 0).all()), BISECTIONS=table.shape[0].bit_length(),
-        BLOCKS=BLOCKS, BLOCK=BLOCK, num_warps=WARPS,
-    )  # fmt: skip
+    with device_of(shadow[0]):
+        ema_kernel[(segments,)](
+            on_device, step, seed, table.shape[0], SHADOW=TRITON_TYPES[shadow[0].dtype],
+            PARAM=TRITON_TYPES[params[0].dtype], PUBLISH=TRITON_TYPES[publish[0].dtype if publish else torch.float32],
+            HAS_PUBLISH=bool(publish), COMPENSATED=bool(compensation), STOCHASTIC=stochastic,
+            ALIGNED=bool((addresses % 16 == 0).all()), BISECTIONS=table.shape[0].bit_length(),
+            BLOCKS=BLOCKS, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
 
 
 @_ema_update_.register_fake

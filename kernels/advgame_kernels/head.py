@@ -78,12 +78,14 @@ def make_head(
     shard: VocabShard | None = None,
     skip_below: float = 0.0,
 ) -> Head:
-    """Resolve the defaults: float32 logits for half-precision heads, chunk size by device, implementation by both.
+    """Resolve the defaults: float32 logits for half precision, chunk size by device, implementation by both.
+
+    A float32 weight beside half-precision hidden states is converted here, once a call.
 
     Raises ValueError for a chunk budget that is not positive and for a logits dtype other than float32 or the
     head's own.
     """
-    dtype = weight.dtype
+    dtype = hidden.dtype
     if logits_dtype is None:
         logits_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     if logits_dtype != dtype and (logits_dtype != torch.float32 or dtype == torch.float64):
@@ -96,8 +98,8 @@ def make_head(
     budget = max(1, chunk_bytes // (weight.shape[0] * logits_dtype.itemsize))
     chosen = passes.choose(impl, logits_dtype, hidden.device)
     return Head(
-        weight.detach(), None if bias is None else bias.detach(), temperature, softcap, logits_dtype, budget, chosen,
-        shard, skip_below,
+        weight.detach().to(dtype), None if bias is None else bias.detach(), temperature, softcap, logits_dtype,
+        budget, chosen, shard, skip_below,
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def linear_logprobs_ref(
     impl: str = "auto",
 ) -> LogProbs:
     """`linear_logprobs` with all logits in memory and torch's autograd; the last three arguments are ignored."""
-    logits = hidden @ weight.t()
+    logits = hidden @ weight.to(hidden.dtype).t()
     if bias is not None:
         logits = logits + bias
     logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
@@ -53,7 +53,7 @@ class _LinearLogProbs(torch.autograd.Function):
         # The backward pass reads the head's own aliases: ZeRO-3 empties the parameters between the passes. Saving the
         # parameters as well lets autograd notice an optimiser step that comes too early.
         ctx.save_for_backward(hidden, weight, bias, labels, *out)
-        ctx.head = head
+        ctx.head, ctx.dtypes = head, (weight.dtype, None if bias is None else bias.dtype)
         ctx.set_materialize_grads(False)
         return tuple(out)
 
@@ -82,8 +82,8 @@ class _LinearLogProbs(torch.autograd.Function):
         grads.finish(head.shard)
         return (
             grads.hidden,
-            None if grads.weight is None else grads.weight.to(weight.dtype),
-            None if bias is None or grads.bias is None else grads.bias.to(bias.dtype),
+            None if grads.weight is None else grads.weight.to(ctx.dtypes[0]),
+            None if grads.bias is None else grads.bias.to(ctx.dtypes[1]),
             None,
             None,
         )
@@ -91,7 +91,7 @@ class _LinearLogProbs(torch.autograd.Function):
 
 def linear_logprobs(
     hidden: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H) dtype of hidden
+    weight: Tensor,  # (V, H) dtype of hidden, or float32 beside half precision
     labels: Tensor,  # (N,) int64 in [0, V)
     *,
     bias: Tensor | None = None,  # (V,)
@@ -108,7 +108,8 @@ def linear_logprobs(
     hidden, weight and bias. At most `chunk_bytes` of logits exist at once (None: 256 MiB on the CPU, 1 GiB on a
     GPU), in `logits_dtype` (None: float32, or float64). Since gradients of arbitrary outputs are known only in
     the backward pass, that recomputes the logits: four GEMMs; `linear_preference_loss` and `linear_policy_loss`
-    need three. The gradient of the weight accumulates in float32 and is not computed for a frozen weight.
+    need three. The gradient of the weight accumulates in float32 and is not computed for a frozen weight; that of
+    a float32 master weight beside half-precision hidden states stays in float32.
 
     With `process_group` the weight (and bias) is this rank's equal share of the vocabulary rows, in rank order,
     hidden and labels are the same on all ranks, and so are the outputs and the gradient of hidden.

@@ -62,7 +62,7 @@ def linear_policy_loss_ref(
 
 def linear_policy_loss(
     hidden: Tensor,  # (N, H) response rows only
-    weight: Tensor,  # (V, H) dtype of hidden
+    weight: Tensor,  # (V, H) dtype of hidden, or float32 beside half precision
     labels: Tensor,  # (N,) int64, the token that each row predicts
     advantages: Tensor,  # (N,)
     weights: Tensor,  # (N,) 0 takes a token out of the loss

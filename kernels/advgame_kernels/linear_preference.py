@@ -197,7 +197,7 @@ def linear_preference_loss_ref(
 
 def linear_preference_loss(
     hidden: Tensor,  # (N, H) response rows only; per pair the chosen sequence, then the rejected one
-    weight: Tensor,  # (V, H) dtype of hidden
+    weight: Tensor,  # (V, H) dtype of hidden, or float32 beside half precision
     labels: Tensor,  # (N,) int64, the token that each row predicts
     cu_seqlens: Sequence[int] | Tensor,  # (2P + 1,) on the host
     ref_logps: Tensor | None,  # (2P,) summed reference log-probs; None for reference-free kinds
@@ -227,7 +227,8 @@ def linear_preference_loss(
     longer than the chunk budget, one under no_grad; none for a frozen weight's dWeight, which otherwise
     accumulates in float32. Extra memory: `chunk_bytes` of logits (None: 256 MiB on the CPU, 1 GiB on a GPU) in
     `logits_dtype` (None: float32, float64 for float64 inputs; the head's own dtype is faster and puts its
-    rounding into the margins), and dWeight.
+    rounding into the margins), and dWeight. A float32 master weight beside half-precision hidden states is
+    converted once, and its gradient stays in float32.
 
     `nll_weight` adds, per pair, minus the mean log-prob of the chosen tokens times it; `entropy_weight` subtracts
     the mean over both sequences of their mean token entropy times it. The total is divided by `normalizer` (the

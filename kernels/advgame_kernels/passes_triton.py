@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from advgame_kernels._launch import device_of
+
 BLOCK = 4096
 WARPS = 8
 
@@ -30,7 +32,8 @@ def _transform(z, inv_temperature, softcap, SOFTCAP: tl.constexpr):
     return z * inv_temperature, t
 
 
-@triton.jit
+# Slices of per-row arrays start anywhere: compiling a kernel for each combination of alignments would stall training.
+@triton.jit(do_not_specialize_on_alignment=["labels", "logps", "entropy", "lse"])
 def row_stats_kernel(
     logits,  # (n, V), row stride `stride`
     labels,  # (n,) int64
@@ -74,7 +77,7 @@ def row_stats_kernel(
     tl.store(lse + row, peak + log_mass)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["labels", "entropy", "lse", "d_logps", "d_entropy", "d_lse"])
 def row_grads_kernel(
     logits,  # (n, V), row stride `stride`
     grads,  # the same memory, as elements of the gradient's dtype, row stride `grad_stride`
@@ -141,10 +144,11 @@ def _row_stats(logits: Tensor, labels: Tensor, temperature: float, softcap: floa
     rows, vocab = logits.shape
     out = tuple(torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3))
     if rows:
-        row_stats_kernel[(rows,)](
-            logits, labels, *out, vocab, logits.stride(0), 1.0 / temperature, softcap,
-            SOFTCAP=softcap > 0.0, BLOCK=_block(vocab), num_warps=WARPS,
-        )  # fmt: skip
+        with device_of(logits):
+            row_stats_kernel[(rows,)](
+                logits, labels, *out, vocab, logits.stride(0), 1.0 / temperature, softcap,
+                SOFTCAP=softcap > 0.0, BLOCK=_block(vocab), num_warps=WARPS,
+            )  # fmt: skip
     return out[0], out[1], out[2]
 
 
@@ -170,12 +174,13 @@ def _row_grads_(
     if rows == 0:
         return
     grads = logits if narrow is None else _front(logits, narrow)
-    row_grads_kernel[(rows,)](
-        logits, grads, labels, entropy, lse, *(lse if d is None else d for d in (d_logps, d_entropy, d_lse)),
-        vocab, logits.stride(0), grads.stride(0), 1.0 / temperature, softcap,
-        HAS_LOGPS=d_logps is not None, HAS_ENTROPY=d_entropy is not None, HAS_LSE=d_lse is not None,
-        SOFTCAP=softcap > 0.0, NARROW=narrow is not None, BLOCK=_block(vocab), num_warps=WARPS,
-    )  # fmt: skip
+    with device_of(logits):
+        row_grads_kernel[(rows,)](
+            logits, grads, labels, entropy, lse, *(lse if d is None else d for d in (d_logps, d_entropy, d_lse)),
+            vocab, logits.stride(0), grads.stride(0), 1.0 / temperature, softcap,
+            HAS_LOGPS=d_logps is not None, HAS_ENTROPY=d_entropy is not None, HAS_LSE=d_lse is not None,
+            SOFTCAP=softcap > 0.0, NARROW=narrow is not None, BLOCK=_block(vocab), num_warps=WARPS,
+        )  # fmt: skip
 
 
 @_row_grads_.register_fake

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from advgame_kernels._checks import one_of, refuse
@@ -83,6 +84,13 @@ def _plain_head(model: Any) -> tuple[Tensor, Tensor | None]:
     return head.weight, getattr(head, "bias", None)
 
 
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    """What the model's own head would compute in: autocast's dtype where that is on, else the weight's."""
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
+
+
 def _compact(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows that predict a scored token, their labels, and the (B, L − 1) mask they come from."""
     targets = labels[:, 1:]
@@ -94,7 +102,7 @@ def _logprobs(model: Any, hidden: Tensor, labels: Tensor, settings: dict[str, An
     weight, bias = _plain_head(model)
     rows, targets, mask = _compact(hidden, labels)
     with gathered_head(weight, bias):
-        out = linear_logprobs(rows.to(weight.dtype), weight, targets, bias=bias, **settings)
+        out = linear_logprobs(rows.to(_compute_dtype(weight)), weight, targets, bias=bias, **settings)
     return LogProbs(*(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in out))
 
 
@@ -113,7 +121,7 @@ def _preference(
     bounds = [0]
     for n in lengths:
         bounds.append(bounds[-1] + n)
-    rows = rows.to(weight.dtype)
+    rows = rows.to(_compute_dtype(weight))
     with gathered_head(weight, bias):
         return linear_preference_loss(rows, weight, targets, bounds, ref_logps, bias=bias, **settings)
 

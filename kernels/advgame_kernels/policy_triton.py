@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from advgame_kernels._launch import device_of
 from advgame_kernels.policy import PolicyInputs, PolicySpec, TokenTerms
 
 BLOCK = 256
@@ -27,7 +28,11 @@ def _read(values, offsets, live):
     return tl.load(values + offsets, mask=live, other=0.0).to(tl.float64)
 
 
-@triton.jit
+# Chunks start anywhere in the batch: one kernel for all alignments, rather than one for each combination.
+@triton.jit(
+    do_not_specialize=["count"],
+    do_not_specialize_on_alignment=["logps", "advantages", "weights", "ref", "old", "sampler", "terms", "d_logps"],
+)
 def token_kernel(
     logps,  # (n,)
     advantages,  # (n,)
@@ -101,11 +106,13 @@ def _token_terms(
     n = logps.shape[0]
     terms, d_logps = _outputs(logps, grads)
     if n:
-        token_kernel[(triton.cdiv(n, BLOCK),)](
-            logps, advantages, weights, *(logps if x is None else x for x in (ref, old, sampler)), terms, d_logps, n,
-            kl_beta, low, high, truncation, HAS_REF=ref is not None, HAS_OLD=old is not None,
-            HAS_SAMPLER=sampler is not None, CLIP=clip, TRUNCATE=truncate, GRADS=grads, BLOCK=BLOCK, num_warps=WARPS,
-        )  # fmt: skip
+        with device_of(logps):
+            token_kernel[(triton.cdiv(n, BLOCK),)](
+                logps, advantages, weights, *(logps if x is None else x for x in (ref, old, sampler)), terms,
+                d_logps, n, kl_beta, low, high, truncation, HAS_REF=ref is not None, HAS_OLD=old is not None,
+                HAS_SAMPLER=sampler is not None, CLIP=clip, TRUNCATE=truncate, GRADS=grads, BLOCK=BLOCK,
+                num_warps=WARPS,
+            )  # fmt: skip
     return terms, d_logps
 
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from advgame_kernels._launch import device_of
 from advgame_kernels.preference import SequenceTerms
 from advgame_kernels.preference_kinds import KINDS, ORPO_CEILING, REFERENCE_FREE, PreferenceSpec
 
@@ -133,7 +134,11 @@ def _fill(values, value, start, stop, BLOCK: tl.constexpr):
         tl.store(values + offsets, tl.full([BLOCK], 0.0, tl.float64) + value, mask=offsets < stop)
 
 
-@triton.jit(do_not_specialize=["first_row"])  # it changes every chunk
+# What changes with every chunk must not make another kernel each time.
+@triton.jit(
+    do_not_specialize=["first_row"],
+    do_not_specialize_on_alignment=["logps", "entropy", "bounds", "counts", "ref", "scale", "d_logps", "d_entropy"],
+)
 def pair_kernel(
     logps,  # (n,) tokens of the chunk
     entropy,  # (n,) read if HAS_ENTROPY
@@ -238,13 +243,14 @@ def _pair_terms(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     terms, d_logps, d_entropy = _outputs(logps, counts, settings, grads)
     if counts.shape[0]:
-        pair_kernel[(counts.shape[0] // 2,)](
-            logps, logps if entropy is None else entropy, bounds, counts, logps if ref is None else ref, scale, terms,
-            d_logps, d_entropy, first_row, *settings, KIND=kind, ROBUST=robust, AVERAGE=average,
-            USES_REF=ref is not None and KINDS[kind] not in REFERENCE_FREE, HAS_REF=ref is not None,
-            HAS_ENTROPY=entropy is not None, ENTROPY_TERM=settings[-1] != 0.0, GRADS=grads,
-            BLOCK=BLOCK, num_warps=WARPS,
-        )  # fmt: skip
+        with device_of(logps):
+            pair_kernel[(counts.shape[0] // 2,)](
+                logps, logps if entropy is None else entropy, bounds, counts, logps if ref is None else ref, scale,
+                terms, d_logps, d_entropy, first_row, *settings, KIND=kind, ROBUST=robust, AVERAGE=average,
+                USES_REF=ref is not None and KINDS[kind] not in REFERENCE_FREE, HAS_REF=ref is not None,
+                HAS_ENTROPY=entropy is not None, ENTROPY_TERM=settings[-1] != 0.0, GRADS=grads,
+                BLOCK=BLOCK, num_warps=WARPS,
+            )  # fmt: skip
     return terms, d_logps, d_entropy
 
 
@@ -280,7 +286,7 @@ def pair_terms(
     ]  # fmt: skip
     return PairTerms(
         *_pair_terms(
-            logps, entropy, bounds, counts, ref, scale, first_row, settings, KINDS.index(spec.kind), spec.robust,
-            spec.averages, grads,
+            logps.contiguous(), entropy, bounds, counts.contiguous(), None if ref is None else ref.contiguous(), scale,
+            first_row, settings, KINDS.index(spec.kind), spec.robust, spec.averages, grads,
         )
     )  # fmt: skip

@@ -10,7 +10,7 @@ from advgame_kernels import native, passes
 IMPLS = ["torch", pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason="no extension"))]
 NEEDS_TRITON = pytest.mark.skipif(passes.triton_reason() is not None, reason="no Triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [(1,), (15,), (16, 3), (257,), (0,), (200_003,)]
+SHAPES = [(1,), (15,), (16, 3), (257,), (0,), (70_003,)]
 
 
 def model(dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
@@ -126,7 +126,7 @@ NARROW_IMPLS = ["torch", pytest.param("triton", marks=NEEDS_TRITON)]
 
 @pytest.mark.parametrize("impl", NARROW_IMPLS)
 def test_stochastic_rounding_is_unbiased_and_keeps_both_neighbours(impl):
-    n = 40_000
+    n = 20_000
     shadow = [torch.ones(n, dtype=torch.bfloat16, device=DEVICE)]
     target = 1.0 + 0.3 * 2**-7  # three tenths of an ulp above
     ak.ema_update_(shadow, [torch.full((n,), target, device=DEVICE)], 0.0, seed=3, impl=impl)
@@ -142,14 +142,19 @@ def test_stochastic_rounding_is_unbiased_and_keeps_both_neighbours(impl):
 
 @pytest.mark.parametrize("impl", NARROW_IMPLS)
 @pytest.mark.parametrize("how", ["stochastic", "compensation"])
-def test_a_bfloat16_shadow_follows_small_steps(impl, how):
-    n = 512
+def test_a_bfloat16_shadow_follows_small_steps(impl, how, monkeypatch):
+    n = 256
+    if impl == "triton":
+        from advgame_kernels import ema_triton
+
+        monkeypatch.setattr(ema_triton, "BLOCK", 128)
+        monkeypatch.setattr(ema_triton, "BLOCKS", 1)
     param, exact = torch.ones(n, device=DEVICE), torch.ones(n, dtype=torch.float64, device=DEVICE)
     shadow = [torch.ones(n, dtype=torch.bfloat16, device=DEVICE)]
     publish = [torch.zeros(n, dtype=torch.float32, device=DEVICE)]
     kept = [torch.zeros(n, dtype=torch.bfloat16, device=DEVICE)]
-    for step in range(60):
-        param += 1e-3
+    for step in range(24):
+        param += 4e-3
         exact += 0.05 * (param.double() - exact)
         extra = {"seed": step} if how == "stochastic" else {"compensation": kept}
         ak.ema_update_(shadow, [param], 0.95, publish=publish, impl=impl, **extra)
@@ -157,7 +162,7 @@ def test_a_bfloat16_shadow_follows_small_steps(impl, how):
     if how == "compensation":
         torch.testing.assert_close(shadow[0].double() + kept[0].double(), exact, rtol=2e-4, atol=0)
     else:
-        assert abs(shadow[0].double().mean() - exact.mean()) < 1e-3
+        assert abs(shadow[0].double().mean() - exact.mean()) < 3e-3
     assert exact[0] > 1.03  # while rounding to nearest would never have left 1
 
 

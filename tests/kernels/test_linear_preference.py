@@ -106,6 +106,26 @@ def test_weight_gradient_accumulates_in_float32_over_chunks():
     torch.testing.assert_close(grad[0].float(), torch.full((width,), -0.5 * pairs), rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+def test_float32_master_weight_beside_bfloat16_hidden_states(impl):
+    master = head_problem([40, 23, 31, 55], vocab=501, width=32).to(torch.float32)
+    weight = master.weight.detach().bfloat16().float().requires_grad_()  # exactly representable: one weight, two dtypes
+    hidden = master.hidden.detach().bfloat16().requires_grad_()
+    args = (master.labels, master.bounds, master.ref_logps)
+    settings = {"chunk_bytes": 70 * 501 * 4, "impl": impl}
+    mixed = ak.linear_preference_loss(hidden, weight, *args, **settings)
+    narrow_weight = weight.detach().bfloat16().requires_grad_()
+    narrow = ak.linear_preference_loss(hidden, narrow_weight, *args, **settings)
+    assert torch.equal(mixed.margins, narrow.margins)
+    got, low = grads_of(mixed.loss, hidden, weight), grads_of(narrow.loss, hidden, narrow_weight)
+    assert torch.equal(got[0], low[0])
+    assert got[1].dtype == torch.float32
+    assert torch.equal(got[1].bfloat16(), low[1])
+    assert not torch.equal(got[1].bfloat16().float(), got[1])
+    tokens = ak.linear_logprobs(hidden, weight, master.labels, **settings)
+    assert grads_of(tokens.logps.sum(), weight)[0].dtype == torch.float32
+
+
 def test_tied_weights_add_up():
     p = head_problem([4, 3, 2, 5])
     found = []

@@ -153,3 +153,23 @@ def test_every_instruction_set_agrees(isa):
                 torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=2e-6)
     finally:
         native._native.use_isa(used)
+
+
+@pytest.mark.skipif(not native.available(), reason="no extension")
+def test_threads_share_rows_and_tensors_without_gaps():
+    before = torch.get_num_threads()
+    logits, labels = make(501, 333, torch.float32)
+    g = torch.Generator().manual_seed(0)
+    params = [torch.randn(n, generator=g) for n in (70_001, 5, 200_003, 0, 17)]
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            leaf = logits.clone().requires_grad_()
+            out = ak.selective_logprobs(leaf, labels, impl="native")
+            shadow = [torch.zeros_like(p) for p in params]
+            ak.ema_update_(shadow, params, 0.5, impl="native")
+            results.append([*out, *torch.autograd.grad(out.logps.sum(), leaf), *shadow])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

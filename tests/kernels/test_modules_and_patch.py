@@ -129,6 +129,17 @@ def test_patched_model_gives_the_preference_loss():
     assert torch.equal(same.loss, got.loss)
 
 
+def test_patched_model_follows_autocast():
+    model = patch.patch_model(tiny_model())
+    ids, labels = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(input_ids=ids, labels=labels, fused="logprobs").logps
+        want = whole_logprobs(model, ids, labels).float()
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+    assert not torch.equal(got, model(input_ids=ids, labels=labels, fused="logprobs").logps)
+    assert grads_of(got.sum(), model.lm_head.weight)[0].dtype == torch.float32
+
+
 def test_adapters_on_the_head_and_unknown_forms_are_refused():
     model = patch.patch_model(tiny_model())
     ids, labels = batch()

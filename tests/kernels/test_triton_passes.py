@@ -31,7 +31,7 @@ def chunk(rows: int, vocab: int, dtype: torch.dtype) -> tuple[torch.Tensor, torc
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 37), (2, 4096), (2, 129)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 37), (2, 129)])
 @pytest.mark.parametrize(("temperature", "softcap"), [(1.0, 0.0), (0.6, 5.0)])
 def test_statistics(dtype, shape, temperature, softcap):
     logits, labels = chunk(*shape, dtype)
@@ -86,10 +86,10 @@ def test_masked_entries_at_the_front_and_within():
     assert not grad[:, :40].any()
 
 
-@pytest.mark.parametrize("shape", [(2, 262_147)] + ([(70_000, 5)] if DEVICE == "cuda" else []))
+@pytest.mark.parametrize("shape", [(2, 4096), (2, 262_147)] + ([(70_000, 5)] if DEVICE == "cuda" else []))
 def test_large_shapes(shape, block):
     if block == 16 and DEVICE == "cpu":
-        pytest.skip("the interpreter takes minutes for 16000 blocks")
+        pytest.skip("the interpreter is slow on thousands of blocks")
     logits, labels = chunk(*shape, torch.float32)
     got = passes_triton.row_stats(logits, labels, 1.0, 0.0)
     want = passes_torch.row_stats(logits.double(), labels)

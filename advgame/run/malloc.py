@@ -1,0 +1,21 @@
+"""glibc, told to keep freed memory: a CPU run otherwise faults the same pages in for every large tensor."""
+
+from __future__ import annotations
+
+import ctypes
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+_KEEP = 1 << 30
+_PAD = 1 << 26
+
+
+def keep_freed_memory() -> bool:
+    """Sets the thresholds of this process's allocator; False where there is no glibc (nothing is changed then)."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    return all(
+        mallopt(option, value) == 1
+        for option, value in ((_TRIM_THRESHOLD, _KEEP), (_TOP_PAD, _PAD), (_MMAP_THRESHOLD, _KEEP))
+    )
