@@ -85,12 +85,10 @@ class Learner:
 
     @property
     def head(self) -> Head:
-        """The head in the compute type; a cast keeps the gradient path to the fp32 weight."""
+        """The head's fp32 master weights; the losses compute in the type of the hidden states and keep dWeight fp32."""
         output = self.model.get_output_embeddings()
-        dtype = self._dtype
-        bias = getattr(output, "bias", None)
         softcap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None) or 0.0
-        return Head(output.weight.to(dtype), None if bias is None else bias.to(dtype), softcap)
+        return Head(output.weight, getattr(output, "bias", None), softcap)
 
     @property
     def _dtype(self) -> torch.dtype:

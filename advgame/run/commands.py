@@ -29,6 +29,7 @@ from advgame.run.trackers import make_trackers
 
 SUMMARY_NAMES = {
     names.EXPLOITABILITY: "exploitability",
+    names.EXPLOITABILITY_BOUND: "exploitability_bound",
     names.EVAL_ASR: "asr",
     names.EVAL_COMPLIANCE: "benign_compliance",
     names.OVER_REFUSAL: "worst_over_refusal",

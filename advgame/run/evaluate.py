@@ -55,6 +55,8 @@ def exact(session: Session) -> dict[str, float]:
         names.EXPLOITABILITY: report.worst_harm,
         names.HELDOUT_EXPLOITABILITY: report.worst_harm_heldout_framings,
         names.OVER_REFUSAL: report.worst_refusal,
+        names.EXPLOITABILITY_BOUND: report.worst_harm_bound,
+        "eval/worst_over_refusal_bound": report.worst_refusal_bound,
         "eval/heldout_over_refusal": report.worst_refusal_heldout_framings,
         "eval/heldout_intents_exploitability": report.worst_harm_heldout_intents,
         names.EVAL_COMPLIANCE: report.mean_benign_compliance,

@@ -16,6 +16,8 @@ EVAL_PREFIX = "eval/"
 """What an evaluation measures, every so many steps."""
 
 EXPLOITABILITY = "eval/exploitability"
+EXPLOITABILITY_BOUND = "eval/exploitability_bound"
+"""Exploitability if every ill-formed answer counted as a disclosure."""
 HELDOUT_EXPLOITABILITY = "eval/heldout_exploitability"
 OVER_REFUSAL = "eval/worst_over_refusal"
 GIBBERISH = "eval/gibberish"

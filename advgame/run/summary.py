@@ -15,11 +15,12 @@ from advgame.run.folder import RunFolder, write_text_atomically
 from advgame.run.recorder import read_metrics
 from advgame.run.summary_picture import draw_summary
 
-BEFORE_AND_AFTER = ("exploitability", "asr", "benign_compliance", "worst_over_refusal")
+BEFORE_AND_AFTER = ("exploitability", "exploitability_bound", "asr", "benign_compliance", "worst_over_refusal")
 AFTER_ONLY = ("heldout_exploitability", "gibberish")
 
 LABELS = {
     "exploitability": "exploitability ↓",
+    "exploitability_bound": "… with all gibberish counted ↓",
     "heldout_exploitability": "held-out exploitability ↓",
     "worst_over_refusal": "worst over-refusal ↓",
     "asr": "sampled ASR ↓",

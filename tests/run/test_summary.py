@@ -19,6 +19,8 @@ BEFORE = {"exploitability": 0.81, "asr": 0.42, "benign_compliance": 0.78, "worst
 AFTER = {"exploitability": 0.02, "asr": 0.03, "benign_compliance": 0.99, "worst_over_refusal": 0.04,
          "heldout_exploitability": 0.7, "gibberish": 0.0}  # fmt: skip
 REQUIRED = {
+    "exploitability_bound_before",
+    "exploitability_bound_after",
     *(f"{name}_{side}" for name in BEFORE for side in ("before", "after")),
     "heldout_exploitability_after",
     "gibberish_after",
