@@ -1,4 +1,4 @@
-"""`pip install .` without extras gives a kernel library that needs torch alone, and a command that says what it lacks."""
+"""`pip install .` without extras: a kernel library that needs torch alone, a command that says what it lacks."""
 
 import subprocess
 import sys
