@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from advgame.game.tree import Sample
+from advgame.publish.channels import guard
 from advgame.rollout import vllm_start
 from advgame.rollout.engine import EngineDied, EngineError, Request
 from advgame.rollout.settings import VllmSettings
@@ -25,7 +26,10 @@ PAUSE_MODES = {"finish": "wait", "keep": "keep", "abort": "abort"}
 
 
 class Channel(Protocol):
-    """The way of new weights into one engine."""
+    """The way of new weights into one engine. `direct`: they are written where the engine reads."""
+
+    @property
+    def direct(self) -> bool: ...
 
     @property
     def destinations(self) -> Mapping[str, Tensor]:
@@ -216,7 +220,7 @@ class VllmEngine:
 
     async def _open(self) -> None:
         arguments = vllm_start.engine_arguments(
-            self.folder, self.settings, dtype=self._dtype, publishable=self._channel is not None
+            self.folder, self.settings, dtype=self._dtype, direct=self._channel is not None and self._channel.direct
         )
         device = self.settings.devices.get(self.name)  # type: ignore[call-overload]
         try:
@@ -224,6 +228,7 @@ class VllmEngine:
             config = self._llm.model_config
             self._vocabulary, self._positions = config.get_vocab_size(), config.max_model_len
             async with asyncio.timeout(self.settings.start_timeout_s):
+                await guard(self._llm)
                 if self._channel is not None:
                     await self._channel.attach(self._llm)
                 await vllm_start.stamp(self._llm, self._version)

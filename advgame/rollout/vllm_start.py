@@ -108,11 +108,12 @@ def environment(settings: VllmSettings, device: str | None) -> Iterator[None]:
 
 
 def engine_arguments(
-    folder: Path, settings: VllmSettings, *, dtype: str, publishable: bool, dummy: bool = False
+    folder: Path, settings: VllmSettings, *, dtype: str, direct: bool, dummy: bool = False
 ) -> dict[str, Any]:
     """Keyword arguments of vLLM's AsyncEngineArgs.
 
-    publishable: load our worker extension and weight-transfer engine. dummy: random weights (to record a plan).
+    direct: weights will be written where the engine reads them, so they must stay as they were loaded (our
+    weight-transfer engine sees to it). dummy: random weights (to record a plan).
     """
     arguments: dict[str, Any] = {
         "model": str(folder),
@@ -129,6 +130,7 @@ def engine_arguments(
         # untempered and untruncated, so that they can stand for the reference's
         "logprobs_mode": "raw_logprobs",
         "disable_log_stats": True,
+        "worker_extension_cls": "advgame.publish.worker.PublishWorker",
     }
     if settings.max_model_len is not None:
         arguments["max_model_len"] = settings.max_model_len
@@ -138,8 +140,7 @@ def engine_arguments(
         # a seeded request whose prefill is chunked kills vLLM's CPU engine; then one prompt must fit a batch
         arguments["enable_chunked_prefill"] = False
         arguments["max_num_batched_tokens"] = max(2048, settings.max_model_len or positions_of(folder))
-    if publishable:
-        arguments["worker_extension_cls"] = "advgame.publish.worker.PublishWorker"
+    if direct:
         arguments["weight_transfer_config"] = {"backend": BACKEND}
     if dummy:
         arguments["load_format"] = "dummy"
@@ -169,6 +170,7 @@ def kill(llm: Any) -> None:
     for process in getattr(manager, "processes", ()):
         process.kill()
     llm.shutdown()
+    llm.shutdown = lambda timeout=None: None  # its destructor would shut down again when Python is half gone
 
 
 def process_ids(llm: Any) -> list[int]:
