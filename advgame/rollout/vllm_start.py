@@ -165,10 +165,14 @@ def start(arguments: Mapping[str, Any], settings: VllmSettings, device: str | No
 
 
 def kill(llm: Any) -> None:
-    """Ends an engine at once, whatever it is doing."""
+    """Ends an engine at once, whatever it is doing; whoever waits for an answer gets EngineDeadError."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
     manager = getattr(llm.engine_core.resources, "engine_manager", None)
     for process in getattr(manager, "processes", ()):
         process.kill()
+    # a shutdown ends vLLM's own reader of answers, which would have told them
+    llm.output_processor.propagate_error(EngineDeadError())
     llm.shutdown()
     llm.shutdown = lambda timeout=None: None  # its destructor would shut down again when Python is half gone
 
