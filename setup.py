@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from glob import glob
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 try:
@@ -58,13 +58,14 @@ def extensions() -> list:
     ]
 
 
-packages = find_packages(".", include=["advgame", "advgame.*"])
+# Folders of templates are packages to setuptools, though not to Python.
+packages = find_namespace_packages(".", include=["advgame", "advgame.*"], exclude=["*.__pycache__"])
 packages += find_packages("kernels", include=["advgame_kernels", "advgame_kernels.*"])
 
 setup(
     packages=packages,
     package_dir={"advgame": "advgame", "advgame_kernels": "kernels/advgame_kernels"},
-    package_data={"advgame": ["*.md", "*.yaml", "**/*.md", "**/*.yaml"]},
+    package_data={"": ["*.md", "*.yaml"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": OptionalBuildExt},
 )

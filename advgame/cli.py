@@ -60,6 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done (or stopped by Ctrl-C and saved), 2 bad input, 1 a failure."""
     try:
         return _main(sys.argv[1:] if argv is None else argv)
+    except BrokenPipeError:  # `advgame config --fields | head`
+        sys.stderr.close()
+        return 0
     except ModuleNotFoundError as error:
         name = (error.name or "").split(".")[0]
         if name not in MISSING:

@@ -46,7 +46,9 @@ class DataSettings(Section):
     category: Literal["harmful", "benign"] | None = Field(None, description="Category of a file without one.")
     harmful: int = Field(32, ge=0, description="Harmful seeds a step.")
     benign: int = Field(32, ge=0, description="Benign seeds a step.")
-    validation_limit: PositiveInt = Field(128, description="Seeds of each validation file that are used.")
+    validation_limit: PositiveInt = Field(
+        128, description="Seeds of each validation file that are used; and of training, for sampled ASR."
+    )
 
 
 class SamplingSettings(Section):
@@ -172,6 +174,8 @@ def build_config(tree: dict[str, Any], source: str) -> Config:
     for check in COMBINATIONS:
         if (problem := check(config)) is not None:
             raise InputError(f"{source}: {problem}")
+    if config.world is not None:
+        config.world.reasoning = config.game.reasoning
     return config
 
 
@@ -337,8 +341,6 @@ def _players(c: Config) -> str | None:
         return "learn.objective: reinforce is on-policy; set rollout.source: live"
     if c.data.harmful + c.data.benign == 0:
         return "data.harmful, data.benign: a step needs seeds; raise one of them"
-    if c.world is not None and c.world.reasoning != c.game.reasoning:
-        return f"game.reasoning: the world's Attacker is warm-started with world.reasoning: {c.world.reasoning}"
     return None
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
+from tokenizers.trainers import BpeTrainer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -63,4 +65,24 @@ def model(
 def folder(path: Path, family: str = "qwen2", **kwargs: object) -> Path:
     model(family, **kwargs).save_pretrained(path)
     tokenizer().save_pretrained(path)
+    return path
+
+
+def bpe_folder(path: Path, family: str, *, vocab: int = 400) -> Path:
+    """A random model whose byte-level tokenizer reads any text, in a ChatML-like format."""
+    raw = Tokenizer(BPE(unk_token=None))
+    raw.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    raw.decoder = ByteLevelDecoder()
+    special = ["<pad>", "<unk>", "<|im_end|>", "<|im_start|>"]
+    trainer = BpeTrainer(
+        vocab_size=vocab, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False
+    )
+    raw.train_from_iterator([" ".join(WORDS + TAGS)] * 20, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", eos_token="<|im_end|>")
+    fast.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    model(family, vocab=vocab).save_pretrained(path)
+    fast.save_pretrained(path)
     return path

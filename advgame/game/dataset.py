@@ -202,9 +202,7 @@ def table_rows(about: Description) -> list[tuple[str, ...]]:
     rows = [("", "rows", *(f"p{p}" if 0 < p < 100 else ("min", "max")[p > 0] for p in PERCENTILES))]
     for category, count in about.categories.items():
         lengths = about.lengths.get(category)
-        rows.append(
-            (category.value, str(count), *(map(str, lengths) if lengths else ("-",) * len(PERCENTILES)))
-        )
+        rows.append((category.value, str(count), *(map(str, lengths) if lengths else ("-",) * len(PERCENTILES))))
     whole = {
         "all": about.rows,
         "empty": about.empty,
@@ -227,8 +225,7 @@ def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
         print(title)
         for row in rows:
             first, *others = (
-                cell.rjust(w) if i else cell.ljust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+                cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
             )
             print("  ".join([first, *others]).rstrip())
         print(caption)

@@ -78,10 +78,7 @@ def _canonical(text: str) -> tuple[str, list[int] | None]:
 def _pattern(extra: frozenset[str]) -> re.Pattern[str]:
     # Possessive quantifiers (`*+`) never give back what they took, so matching is linear in the text.
     gap = r"[\s_.\-]*+"
-    spread = [
-        gap.join(r"\s*+".join(map(re.escape, word)) for word in tag.split("_"))
-        for tag in CONTROL_TAGS | extra
-    ]
+    spread = [gap.join(r"\s*+".join(map(re.escape, word)) for word in tag.split("_")) for tag in CONTROL_TAGS | extra]
     any_score = r"\s*+".join("score") + gap + "[a-z0-9]"
     name = f"(?:{'|'.join(sorted([*spread, any_score]))})(?![a-z0-9])"
     # A bracket set off by white space (`if x < score`) is a tag only when a slash or a closing bracket says

@@ -47,21 +47,15 @@ class LLMJudge:
         verdicts = _given(await self._samples(lambda s: self._verdict(text, parse_verdict, (*key, s))))
         return 2 * sum(verdicts) > len(verdicts) if verdicts else None
 
-    async def compare(
-        self, rubric: Rubric, query: str, a: str, b: str, *, key: Key
-    ) -> tuple[float, float] | None:
+    async def compare(self, rubric: Rubric, query: str, a: str, b: str, *, key: Key) -> tuple[float, float] | None:
         """Scores (0 to 10) of two answers to one query, seen side by side."""
 
         async def one(sample: int) -> tuple[float, float] | None:
             # The order is part of the key even without swapping, so that switching it on leaves the first
             # order's random stream as it was.
-            orders = [
-                self._verdict(self.templates.pair(rubric, query, a, b), parse_scores, (*key, sample, 0))
-            ]
+            orders = [self._verdict(self.templates.pair(rubric, query, a, b), parse_scores, (*key, sample, 0))]
             if self.swap:
-                orders.append(
-                    self._verdict(self.templates.pair(rubric, query, b, a), parse_scores, (*key, sample, 1))
-                )
+                orders.append(self._verdict(self.templates.pair(rubric, query, b, a), parse_scores, (*key, sample, 1)))
             verdicts = await asyncio.gather(*orders)
             return self._swapped_back(verdicts, distinct=a != b)
 

@@ -41,10 +41,7 @@ RULES: Mapping[str, _Rules] = {
         )
         for rubric in Rubric
     },
-    **{
-        f"judge_point_{rubric}": _Rules(("query", "answer"), shows=("<score>", "</score>"))
-        for rubric in Rubric
-    },
+    **{f"judge_point_{rubric}": _Rules(("query", "answer"), shows=("<score>", "</score>")) for rubric in Rubric},
 }
 """The templates by name (file stem)."""
 
@@ -66,9 +63,7 @@ class Templates:
     tags: frozenset[str] = frozenset()
 
     @classmethod
-    def load(
-        cls, directory: Path | None = None, reasoning: bool = True, defender_reasoning: bool = False
-    ) -> Templates:
+    def load(cls, directory: Path | None = None, reasoning: bool = True, defender_reasoning: bool = False) -> Templates:
         """The package's templates, with those in `directory` in their place.
 
         Raises:
@@ -125,9 +120,7 @@ class Templates:
 
 def _check_directory(directory: Path) -> None:
     if not directory.is_dir():
-        raise InputError(
-            f"{directory}: no such template directory; name a folder of .md files, or leave it out"
-        )
+        raise InputError(f"{directory}: no such template directory; name a folder of .md files, or leave it out")
     for path in sorted(directory.glob("*.md")):
         if path.stem not in RULES and path.name != "README.md":
             raise InputError(f"{path}: no template has this name; use one of {', '.join(RULES)} (.md)")
@@ -147,9 +140,7 @@ def _checked(path: str, raw: bytes, rules: _Rules) -> str:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
     if not text:
-        raise InputError(
-            f"{path}: empty template; write its text, or remove the file to use the package's own"
-        )
+        raise InputError(f"{path}: empty template; write its text, or remove the file to use the package's own")
     found = {match["name"] for match in _PLACEHOLDER.finditer(text)} - {None}
     known = (*rules.required, *rules.optional)
     for name in sorted(found - set(known)):
@@ -163,7 +154,5 @@ def _checked(path: str, raw: bytes, rules: _Rules) -> str:
             raise InputError(f"{path}: placeholder {{{name}}} is missing; put it where that text shall stand")
     for tag in rules.shows:
         if tag not in text:
-            raise InputError(
-                f"{path}: the text never shows {tag}, so no answer would have it; say where it goes"
-            )
+            raise InputError(f"{path}: the text never shows {tag}, so no answer would have it; say where it goes")
     return text

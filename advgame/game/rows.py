@@ -95,13 +95,9 @@ def parse_json_line(path: Path, number: int, line: str) -> Mapping[str, Any]:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
-        raise InputError(
-            f"{path} line {number}: not valid JSON ({reason}); write one object a line"
-        ) from error
+        raise InputError(f"{path} line {number}: not valid JSON ({reason}); write one object a line") from error
     if not isinstance(value, dict):
-        raise InputError(
-            f"{path} line {number}: {_kind(value)} where an object is needed; write one object a line"
-        )
+        raise InputError(f"{path} line {number}: {_kind(value)} where an object is needed; write one object a line")
     return value
 
 
@@ -124,9 +120,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _unreadable(path: Path, error: OSError) -> InputError:
-    mend = (
-        "check the path" if isinstance(error, FileNotFoundError) else "check that it is a file you may read"
-    )
+    mend = "check the path" if isinstance(error, FileNotFoundError) else "check that it is a file you may read"
     return InputError(f"{path}: {(error.strerror or str(error)).lower()}; {mend}")
 
 
@@ -151,23 +145,15 @@ def _json(path: Path, file: BinaryIO) -> Iterator[Row]:
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
-        mend = (
-            "name it .jsonl if it holds one object a line" if error.msg == "Extra data" else "mend it there"
-        )
+        mend = "name it .jsonl if it holds one object a line" if error.msg == "Extra data" else "mend it there"
         raise InputError(f"{path} line {error.lineno}: not valid JSON ({error.msg}); {mend}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path}: not valid JSON ({type(error).__name__}); write a list of objects"
-        ) from error
+        raise InputError(f"{path}: not valid JSON ({type(error).__name__}); write a list of objects") from error
     if not isinstance(values, list):
-        raise InputError(
-            f"{path}: {_kind(values)} where a list of objects is needed; put the rows in one list"
-        )
+        raise InputError(f"{path}: {_kind(values)} where a list of objects is needed; put the rows in one list")
     for number, value in enumerate(values, start=1):
         if not isinstance(value, dict):
-            raise InputError(
-                f"{path} item {number}: {_kind(value)} where an object is needed; write a list of objects"
-            )
+            raise InputError(f"{path} item {number}: {_kind(value)} where an object is needed; write a list of objects")
         yield Row(number, f"{path} item {number}", value)
 
 

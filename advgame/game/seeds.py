@@ -17,9 +17,7 @@ _SHORT = 200
 """Other columns come along in `Seed.meta` if their value is this short: every recorded tree repeats them."""
 
 
-def read_seeds(
-    path: Path, columns: Mapping[str, str] | None = None, category: str | None = None
-) -> Iterator[Seed]:
+def read_seeds(path: Path, columns: Mapping[str, str] | None = None, category: str | None = None) -> Iterator[Seed]:
     """The seeds of a JSONL, JSON, CSV, TSV or Parquet file (see `rows.py`), in order, one at a time.
 
     Without `columns` the text is the column `prompt`, or else WildJailbreak's `vanilla` and, where that is
@@ -52,9 +50,7 @@ def check_columns(columns: Mapping[str, str] | None, category: str | None) -> No
     """
     for key in columns or {}:
         if key not in MAPPED:
-            raise InputError(
-                f"columns: unknown key '{key}'; map {' or '.join(MAPPED)} to a column of the file"
-            )
+            raise InputError(f"columns: unknown key '{key}'; map {' or '.join(MAPPED)} to a column of the file")
     if category is not None and category not in set(Category):
         raise InputError(f"category: unknown category '{category}'; write {' or '.join(Category)}")
     if category is not None and "category" in (columns or {}):
@@ -108,9 +104,7 @@ def _string(row: Row, column: str, missing: str | None = None) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"{row.where}: '{column}' holds half a surrogate pair; mend the \\u escape"
-        ) from error
+        raise InputError(f"{row.where}: '{column}' holds half a surrogate pair; mend the \\u escape") from error
     return value
 
 
@@ -133,9 +127,7 @@ def _parse_category(value: Any) -> Category | None:
 def _no_column(row: Row, column: str, use: str) -> InputError:
     present = ", ".join(row.fields) or "none"
     fix = " or fix one category for the file" if use == "category" else ""
-    return InputError(
-        f"{row.where}: no column '{column}' (there are: {present}); map '{use}' to a column{fix}"
-    )
+    return InputError(f"{row.where}: no column '{column}' (there are: {present}); map '{use}' to a column{fix}")
 
 
 def _is_short(value: Any) -> bool:
@@ -154,9 +146,7 @@ class SeedFile(Sequence[Seed]):
         InputError: as `read_seeds`; and on reading a row of a file that was changed.
     """
 
-    def __init__(
-        self, path: Path, columns: Mapping[str, str] | None = None, category: str | None = None
-    ) -> None:
+    def __init__(self, path: Path, columns: Mapping[str, str] | None = None, category: str | None = None) -> None:
         self.path = path
         self._columns, self._category = columns, category
         self._offsets, self._numbers, self._benign = array("Q"), array("Q"), bytearray()
@@ -193,9 +183,7 @@ class SeedFile(Sequence[Seed]):
         number, offset = self._numbers[index], self._offsets[index]
         with self.path.open("rb") as file:
             if _stamp(self.path) != self._stamp:
-                raise InputError(
-                    f"{self.path}: changed since it was indexed; leave it be while a run reads it"
-                )
+                raise InputError(f"{self.path}: changed since it was indexed; leave it be while a run reads it")
             file.seek(offset)
             line = decode_line(self.path, number, file.readline())
         row = Row(number, f"{self.path} line {number}", parse_json_line(self.path, number, line), offset)

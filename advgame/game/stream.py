@@ -36,13 +36,9 @@ class SeedStream:
             if batch < 0:
                 raise InputError(f"batch of {category} seeds: {batch} is negative; write 0 or more")
             if batch and not seeds:
-                raise InputError(
-                    f"no {category} seeds, but {batch} a step are asked for; add some or make it 0"
-                )
+                raise InputError(f"no {category} seeds, but {batch} a step are asked for; add some or make it 0")
         if not batch_harmful and not batch_benign:
-            raise InputError(
-                "both batches of seeds are 0, so there is nothing to play; make one of them positive"
-            )
+            raise InputError("both batches of seeds are 0, so there is nothing to play; make one of them positive")
         self._seed = seed
         self._orders: dict[Category, dict[int, list[int]]] = {category: {} for category in Category}
 
@@ -69,7 +65,9 @@ class SeedStream:
         chosen: list[Seed] = []
         for _, seeds, batch in self._parts:
             if batch:
-                chosen.extend(seeds[i * len(seeds) // count if len(seeds) > count else i % len(seeds)] for i in range(count))
+                chosen.extend(
+                    seeds[i * len(seeds) // count if len(seeds) > count else i % len(seeds)] for i in range(count)
+                )
         return chosen
 
     def _order(self, category: Category, epoch: int, count: int) -> list[int]:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from advgame.errors import InputError
 
@@ -49,7 +56,7 @@ def load_tokenizer(folder: Path, field: str, *, remote_code: bool = False) -> Pr
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise InputError(f"{field}: {folder} has no tokenizer; save one there with tokenizer.save_pretrained")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
+        tokenizer = _tokenizer_class(folder).from_pretrained(folder, trust_remote_code=remote_code)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise InputError(f"{field}: the tokenizer in {folder} does not load: {first_line(error)}") from error
     if not tokenizer.chat_template:
@@ -64,6 +71,20 @@ def load_tokenizer(folder: Path, field: str, *, remote_code: bool = False) -> Pr
             f"{rows} rows; use the tokenizer the model was made with"
         )
     return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """AutoTokenizer, but a generic tokenizer.json is read as it is.
+
+    For some model types (Qwen2 among them) AutoTokenizer puts the family's own class, its pre-tokenizer included, in
+    the place of a generic one, which then encodes other tokens than the folder says.
+    """
+    try:
+        named = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
+    except (OSError, ValueError):
+        named = None
+    generic = named in ("TokenizersBackend", "PreTrainedTokenizerFast") and (folder / "tokenizer.json").is_file()
+    return PreTrainedTokenizerFast if generic else AutoTokenizer
 
 
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -248,4 +248,3 @@ def _head(file: SeedFile, limit: int) -> list[Seed]:
     """An even spread of at most `limit` seeds of a file."""
     stride = max(1, len(file) / limit)
     return [file[int(i * stride)] for i in range(min(limit, len(file)))]
-

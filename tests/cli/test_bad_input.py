@@ -20,8 +20,10 @@ def good(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(
         f"run: {{root: {tmp_path / 'runs'}, purpose: a test, steps: 1}}\n"
-        f"data: {{train: {seeds}, harmful: 1, benign: 1}}\n"
-        f"attacker: {{model: {player}}}\ndefender: {{model: {player}}}\njudge: {{kind: phrases}}\n"
+        f"data: {{train: {seeds}, harmful: 1, benign: 1, validation_limit: 2}}\n"
+        f"attacker: {{model: {player}, sampling: {{max_tokens: 8}}}}\n"
+        f"defender: {{model: {player}, sampling: {{max_tokens: 8}}}}\n"
+        "judge: {kind: phrases}\n"
     )
     return tmp_path
 

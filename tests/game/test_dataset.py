@@ -125,10 +125,7 @@ def test_a_split_is_stratified_and_decided_by_its_seed():
 def test_no_near_duplicate_crosses_a_split():
     seeds = some_seeds(60)
     draw = random.Random(5)
-    copies = [
-        Seed(f"c:{i}", draw.choice(list(Category)), draw.choice(seeds).text.upper() + " zz")
-        for i in range(60)
-    ]
+    copies = [Seed(f"c:{i}", draw.choice(list(Category)), draw.choice(seeds).text.upper() + " zz") for i in range(60)]
     everything = seeds + copies
     train, validation = split(everything, 0.25, 3)
     assert validation

@@ -151,9 +151,7 @@ def test_the_swapped_order_really_shows_the_answers_the_other_way_round():
 
 def test_a_lone_candidate_against_itself_is_no_swap_disagreement():
     judge = a_judge(lambda key, _: scores(8, 2), swap=True)
-    verdicts = asyncio.run(
-        judge_candidates(judge, Rubric.COMPLIANCE, "q", [(3, "x")], pairwise=True, key=(7,))
-    )
+    verdicts = asyncio.run(judge_candidates(judge, Rubric.COMPLIANCE, "q", [(3, "x")], pairwise=True, key=(7,)))
     assert verdicts[0].scores == (5.0, 5.0)
     assert judge.speaker.counters["judge_swaps"] == 0
 
@@ -208,9 +206,7 @@ def test_phrase_scores_fall_into_the_bands_of_the_rubrics():
 def test_the_phrase_judge_plays_the_protocol():
     judge = PhraseJudge()
     verdicts = asyncio.run(
-        judge_candidates(
-            judge, Rubric.REFUSAL, "q", [(0, REFUSALS[0]), (1, OTHERS[0])], pairwise=True, key=()
-        )
+        judge_candidates(judge, Rubric.REFUSAL, "q", [(0, REFUSALS[0]), (1, OTHERS[0])], pairwise=True, key=())
     )
     assert verdicts[0].scores is not None
     assert verdicts[0].scores[0] > verdicts[0].scores[1]

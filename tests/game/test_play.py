@@ -78,9 +78,15 @@ def speaker(name, script, **kwargs):
     return Speaker(name, engine, ScriptedChat(engine), Sampling(), 0, **kwargs)
 
 
-def table(rules=None, judge=None, attack=lambda r: GOOD_ATTACK.format(r.key[-1]), answer=lambda r: f"answer {r.key[-1]}"):
+def table(
+    rules=None, judge=None, attack=lambda r: GOOD_ATTACK.format(r.key[-1]), answer=lambda r: f"answer {r.key[-1]}"
+):
     return Table(
-        speaker("attacker", attack), speaker("defender", answer), judge or ScriptedJudge(), Templates.load(), rules or PlayRules()
+        speaker("attacker", attack),
+        speaker("defender", answer),
+        judge or ScriptedJudge(),
+        Templates.load(),
+        rules or PlayRules(),
     )
 
 

@@ -56,9 +56,7 @@ def every_rendering(text: str) -> list[str]:
 def plain_look(text: str) -> str:
     """An independent, blunter reading of what a text looks like: compatibility forms, case, no marks."""
     decomposed = unicodedata.normalize("NFKD", text).lower()
-    return "".join(
-        c for c in decomposed if c.isspace() or unicodedata.category(c) not in ("Mn", "Me", "Cf", "Cc")
-    )
+    return "".join(c for c in decomposed if c.isspace() or unicodedata.category(c) not in ("Mn", "Me", "Cf", "Cc"))
 
 
 def test_every_template_is_there_and_its_rubric_says_what_the_game_says():

@@ -1,0 +1,66 @@
+"""Other people's implementations of the same losses, where they are installed: functions from tensors to a loss."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TRL_CHUNK = 32_768  # vocabulary columns a tile, as TRL 1.16's trainers ask for
+Loss = Callable[[Tensor, Tensor, Tensor, list[int], Tensor, float], Tensor]
+
+
+def _dpo(tokens: Tensor, bounds: list[int], ref: Tensor, beta: float) -> Tensor:
+    sums = torch.stack([tokens[a:b].sum() for a, b in pairwise(bounds)])
+    h = (sums - ref).view(-1, 2)
+    return -F.logsigmoid(beta * (h[:, 0] - h[:, 1])).mean()
+
+
+def eager(hidden: Tensor, weight: Tensor, labels: Tensor, bounds: list[int], ref: Tensor, beta: float) -> Tensor:
+    """Whole logits in the head's dtype, float32 log-softmax: what plain code does."""
+    log_probs = torch.log_softmax((hidden @ weight.t()).float(), dim=1)
+    return _dpo(log_probs.gather(1, labels[:, None])[:, 0], bounds, ref, beta)
+
+
+def trl(hidden: Tensor, weight: Tensor, labels: Tensor, bounds: list[int], ref: Tensor, beta: float) -> Tensor:
+    """TRL's chunked log-probs (four GEMMs) and the sigmoid loss on their sums, as its DPOTrainer puts them together."""
+    chunked = importlib.import_module("trl.kernels.chunked_logprob")
+    out = chunked.ChunkedLogProbFunction.apply(
+        hidden, weight, None, labels, 1.0, TRL_CHUNK, None, 1.0, ("log_probs", "entropy")
+    )
+    return _dpo(out[0], bounds, ref, beta)
+
+
+def liger(hidden: Tensor, weight: Tensor, labels: Tensor, bounds: list[int], ref: Tensor, beta: float) -> Tensor:
+    """Liger's fused linear DPO, without its reference head; padding the packed rows is part of its interface."""
+    losses = importlib.import_module("liger_kernel.chunked_loss")
+    lengths = [b - a for a, b in pairwise(bounds)]
+    order = list(range(0, len(lengths), 2)) + list(range(1, len(lengths), 2))
+    longest = max(lengths)
+    x = hidden.new_zeros(len(lengths), longest, hidden.shape[1])
+    y = labels.new_full((len(lengths), longest), -100)
+    for place, i in enumerate(order):
+        x[place, : lengths[i]] = hidden[bounds[i] : bounds[i + 1]]
+        y[place, : lengths[i]] = labels[bounds[i] : bounds[i + 1]]
+    loss = losses.LigerFusedLinearDPOLoss(beta=beta, compiled=hidden.is_cuda, use_ref_model=False)
+    return loss(weight, x, y)[0]
+
+
+def installed() -> dict[str, Loss]:
+    """The eager form and every peer that imports here."""
+    found: dict[str, Loss] = {"eager torch": eager}
+    for name, module, loss in (
+        ("TRL, chunked log-probs", "trl.kernels.chunked_logprob", trl),
+        ("Liger, fused linear DPO", "liger_kernel.chunked_loss", liger),
+    ):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            print(f"  {name}: left out ({error})")
+            continue
+        found[name] = loss
+    return found

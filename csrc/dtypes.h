@@ -1,0 +1,38 @@
+// The tensors of the extension: plain addresses with a dtype code, as advgame_kernels/native.py passes them.
+// Copyright the AdvGame authors. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+enum DType : int { kFloat32 = 0, kBFloat16 = 1 };
+
+// One chunk of logits and the per-row arrays around it. Unused arrays are null.
+struct Rows {
+    void* logits;             // (rows, vocab), row stride in elements
+    DType dtype;              // of the logits
+    void* grads;              // (rows, vocab), the same memory or another
+    DType grad_dtype;
+    int64_t vocab, stride, grad_stride;
+    const int64_t* labels;    // (rows,)
+    float inv_temperature, softcap;
+    float *logps, *entropy, *lse;                      // (rows,) written by stats, read by grads
+    const float *d_logps, *d_entropy, *d_lse;          // (rows,) upstream gradients
+};
+
+// One tensor of a weight average.
+struct EmaTensor {
+    float* shadow;
+    const void* param;
+    DType param_dtype;
+    void* publish;            // null: nothing to publish
+    DType publish_dtype;
+    int64_t numel;
+};
+
+// The compiled forms of the inner loops for one instruction set.
+struct Kernels {
+    const char* name;
+    void (*row_stats)(const Rows&, int64_t begin, int64_t end);
+    void (*row_grads)(const Rows&, int64_t begin, int64_t end);
+    void (*ema)(const EmaTensor&, int64_t begin, int64_t end, float step);
+};

@@ -1,0 +1,85 @@
+// Python bindings of the CPU kernels: addresses in, nothing out; the GIL is free while they work.
+// Copyright the AdvGame authors. SPDX-License-Identifier: Apache-2.0
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "isa.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+
+static const Kernels* active = best_kernels();
+
+static DType dtype_of(int code) {
+    if (code != kFloat32 && code != kBFloat16) throw std::invalid_argument("dtype code must be 0 or 1");
+    return (DType)code;
+}
+
+template <class T>
+static T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// About 64 KiB of logits a thread at the least: below that starting the thread costs more than the work.
+static int64_t row_grain(int64_t vocab) { return 1 + 16384 / (vocab > 0 ? vocab : 1); }
+
+static void row_stats(uintptr_t logits, int dtype, int64_t rows, int64_t vocab, int64_t stride, uintptr_t labels,
+                      double temperature, double softcap, uintptr_t logps, uintptr_t entropy, uintptr_t lse,
+                      int threads) {
+    Rows job{at<void>(logits), dtype_of(dtype), nullptr, kFloat32, vocab, stride, 0, at<const int64_t>(labels),
+             (float)(1.0 / temperature), (float)softcap, at<float>(logps), at<float>(entropy), at<float>(lse),
+             nullptr, nullptr, nullptr};
+    parallel_for(rows, row_grain(vocab), threads,
+                 [&job](int64_t begin, int64_t end) { active->row_stats(job, begin, end); });
+}
+
+static void row_grads(uintptr_t logits, int dtype, uintptr_t grads, int grad_dtype, int64_t rows, int64_t vocab,
+                      int64_t stride, int64_t grad_stride, uintptr_t labels, double temperature, double softcap, uintptr_t entropy, uintptr_t lse,
+                      uintptr_t d_logps, uintptr_t d_entropy, uintptr_t d_lse, int threads) {
+    Rows job{at<void>(logits), dtype_of(dtype), at<void>(grads), dtype_of(grad_dtype), vocab, stride, grad_stride,
+             at<const int64_t>(labels),
+             (float)(1.0 / temperature), (float)softcap, nullptr, at<float>(entropy), at<float>(lse),
+             at<const float>(d_logps), at<const float>(d_entropy), at<const float>(d_lse)};
+    parallel_for(rows, row_grain(vocab), threads,
+                 [&job](int64_t begin, int64_t end) { active->row_grads(job, begin, end); });
+}
+
+using EmaEntry = std::tuple<uintptr_t, uintptr_t, int, uintptr_t, int, int64_t>;
+
+static void ema_update(const std::vector<EmaEntry>& entries, double step, int threads) {
+    std::vector<EmaTensor> tensors;
+    std::vector<int64_t> starts{0};
+    for (const auto& [shadow, param, param_dtype, publish, publish_dtype, numel] : entries) {
+        tensors.push_back({at<float>(shadow), at<const void>(param), dtype_of(param_dtype), at<void>(publish),
+                           dtype_of(publish_dtype), numel});
+        starts.push_back(starts.back() + numel);
+    }
+    // One range over the whole model, so that threads share the work whatever the sizes of the tensors are.
+    parallel_for(starts.back(), 1 << 16, threads, [&](int64_t begin, int64_t end) {
+        for (size_t i = 0; i < tensors.size(); ++i) {
+            const int64_t from = std::max(begin, starts[i]) - starts[i], to = std::min(end, starts[i + 1]) - starts[i];
+            if (from < to) active->ema(tensors[i], from, to, (float)step);
+        }
+    });
+}
+
+static void use_isa(const std::string& name) {
+    const Kernels* found = find_kernels(name.c_str());
+    if (!found) throw std::invalid_argument("this processor cannot run " + name);
+    active = found;
+}
+
+PYBIND11_MODULE(_native, m) {
+    m.doc() = "CPU kernels of advgame_kernels; called through advgame_kernels.native only.";
+    const auto free = py::call_guard<py::gil_scoped_release>();
+    m.def("row_stats", &row_stats, free);
+    m.def("row_grads", &row_grads, free);
+    m.def("ema_update", &ema_update, free);
+    m.def("isa", [] { return std::string(active->name); }, "The instruction set in use.");
+    m.def("use_isa", &use_isa, "Use 'avx512', 'avx2' or 'generic'; for tests.");
+}

@@ -1,0 +1,84 @@
+"""The three matrix products of a linear head: logits, gradient of hidden, float32 gradient of the weight.
+
+On CUDA all three are single cuBLAS calls with half-precision operands and float32 accumulation. cuBLAS writes
+float32 from bfloat16 operands, which torch exposes as `mm.dtype_out` and `addmm.dtype_out`. The CPU backend has
+neither, so there mixed precision goes through float32 copies of a block of the vocabulary at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CPU_BLOCK = 4096  # vocabulary rows converted to float32 at once
+
+
+@torch.library.custom_op("advgame_kernels::accumulate_", mutates_args=("total",))
+def _accumulate_(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
+    # An operation of our own because torch.compile fails on this overload in torch 2.11.
+    torch.ops.aten.addmm.dtype_out(total, dlogits.t(), hidden, total.dtype, out=total)
+
+
+@_accumulate_.register_fake
+def _(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
+    return None
+
+
+def logits_into(
+    out: Tensor,  # (n, V) float32, or the dtype of hidden
+    hidden: Tensor,  # (n, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+) -> None:
+    """out = hidden @ weight.T + bias."""
+    if out.dtype == hidden.dtype:
+        if bias is None:
+            torch.mm(hidden, weight.t(), out=out)
+        else:
+            torch.addmm(bias.to(hidden.dtype), hidden, weight.t(), out=out)
+        return
+    if hidden.is_cuda:
+        torch.ops.aten.mm.dtype_out(hidden, weight.t(), out.dtype, out=out)
+    else:
+        wide = hidden.to(out.dtype)
+        for start in range(0, weight.shape[0], CPU_BLOCK):
+            block = weight[start : start + CPU_BLOCK].to(out.dtype)
+            out[:, start : start + CPU_BLOCK] = wide @ block.t()
+    if bias is not None:
+        out += bias
+
+
+def hidden_grad_into(
+    out: Tensor,  # (n, H) dtype of weight
+    dlogits: Tensor,  # (n, V) dtype of weight, rows may be strided
+    weight: Tensor,  # (V, H)
+) -> None:
+    """out = dlogits @ weight."""
+    torch.mm(dlogits, weight, out=out)
+
+
+def add_weight_grad_(
+    total: Tensor,  # (V, H) float32 (float64 for float64 operands)
+    dlogits: Tensor,  # (n, V)
+    hidden: Tensor,  # (n, H)
+    fresh: bool = False,
+) -> None:
+    """total += dlogits.T @ hidden, accumulated in the dtype of `total` whatever the operands are.
+
+    A `fresh` total is overwritten: the first chunk then needs neither zeros written before it nor a read of them.
+    """
+    if total.dtype == hidden.dtype:
+        torch.addmm(total, dlogits.t(), hidden, beta=0 if fresh else 1, out=total)
+        return
+    if hidden.is_cuda:
+        if fresh:
+            torch.ops.aten.mm.dtype_out(dlogits.t(), hidden, total.dtype, out=total)
+        else:
+            _accumulate_(total, dlogits, hidden)
+        return
+    if fresh:
+        total.zero_()
+    wide = hidden.to(total.dtype)
+    for start in range(0, total.shape[0], CPU_BLOCK):
+        block = dlogits[:, start : start + CPU_BLOCK].t()
+        total[start : start + CPU_BLOCK].addmm_(block.to(total.dtype), wide)

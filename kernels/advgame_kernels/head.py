@@ -1,0 +1,224 @@
+"""A linear head walked in chunks of rows: logits exist for one chunk at a time, forward and backward.
+
+A chunk is (rows) → logits GEMM → `passes.row_stats` → … → `passes.row_grads_` in place → two gradient GEMMs. The
+functions on top differ only in how they turn a chunk's statistics into per-row gradient factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advgame_kernels import gemm, passes, skipping
+from advgame_kernels._checks import non_negative, refuse
+from advgame_kernels.types import LogProbs
+from advgame_kernels.vocab_parallel import VocabShard
+
+CPU_CHUNK_BYTES = 256 << 20
+# On a GPU each chunk also reads and writes the whole float32 dWeight; 4 k rows make that a few per cent of the GEMMs.
+CUDA_CHUNK_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Head:
+    """An LM head and how its logits are to be read."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    temperature: float
+    softcap: float
+    logits_dtype: torch.dtype
+    row_budget: int  # rows of a chunk
+    impl: str  # of the passes, already chosen
+    shard: VocabShard | None = None  # what part of the vocabulary the weight is, if not all
+    skip_below: float = 0.0  # see skipping.py
+
+    @property
+    def stats_dtype(self) -> torch.dtype:
+        """dtype of log-probs, entropy and lse."""
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class HeadGrads:
+    """Gradients filled chunk by chunk; None where nobody asked. Memory starts uninitialised."""
+
+    hidden: Tensor | None  # (N, H) dtype of hidden
+    weight: Tensor | None  # (V, H) float32, or float64
+    bias: Tensor | None  # (V,) float32, or float64
+    started: bool = False  # whether a chunk has written weight and bias
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any gradient is asked for; without one only the forward half runs."""
+        return self.hidden is not None or self.weight is not None or self.bias is not None
+
+    def finish(self, shard: VocabShard | None = None) -> None:
+        """After the last chunk: gradients of weight and bias are zero without any; dHidden is summed over shards."""
+        if shard is not None and self.hidden is not None:
+            shard.sum_(self.hidden)
+        for grad in (self.weight, self.bias):
+            if grad is not None and not self.started:
+                grad.zero_()
+
+
+def make_head(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    temperature: float,
+    softcap: float,
+    chunk_bytes: int | None,
+    logits_dtype: torch.dtype | None,
+    impl: str,
+    shard: VocabShard | None = None,
+    skip_below: float = 0.0,
+) -> Head:
+    """Resolve the defaults: float32 logits for half-precision heads, chunk size by device, implementation by both.
+
+    Raises ValueError for a chunk budget that is not positive and for a logits dtype other than float32 or the
+    head's own.
+    """
+    dtype = weight.dtype
+    if logits_dtype is None:
+        logits_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    if logits_dtype != dtype and (logits_dtype != torch.float32 or dtype == torch.float64):
+        refuse("logits_dtype", f"torch.float32 or the head's own dtype {dtype}", logits_dtype)
+    if chunk_bytes is None:
+        chunk_bytes = CUDA_CHUNK_BYTES if hidden.is_cuda else CPU_CHUNK_BYTES
+    if not isinstance(chunk_bytes, int) or chunk_bytes <= 0:
+        refuse("chunk_bytes", "a number of bytes above 0", chunk_bytes)
+    non_negative("skip_below", skip_below)
+    budget = max(1, chunk_bytes // (weight.shape[0] * logits_dtype.itemsize))
+    chosen = passes.choose(impl, logits_dtype, hidden.device)
+    return Head(
+        weight.detach(), None if bias is None else bias.detach(), temperature, softcap, logits_dtype, budget, chosen,
+        shard, skip_below,
+    )  # fmt: skip
+
+
+def make_grads(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> HeadGrads:
+    """Gradients to be filled for what requires them now; all None under no_grad, so eval pays for the forward alone."""
+    on = torch.is_grad_enabled()
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return HeadGrads(
+        hidden=torch.empty_like(hidden) if on and hidden.requires_grad else None,
+        weight=torch.empty_like(weight, dtype=wide) if on and weight.requires_grad else None,
+        bias=torch.empty_like(bias, dtype=wide) if on and bias is not None and bias.requires_grad else None,
+    )
+
+
+class Workspace:
+    """The one buffer of logits that every chunk of a walk reuses."""
+
+    def __init__(self, head: Head, rows: int) -> None:
+        self.head = head
+        rows = min(rows, head.row_budget)
+        self.buffer = head.weight.new_empty((rows, head.weight.shape[0]), dtype=head.logits_dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:  # (n, H) -> (n, V)
+        """Raw logits of the rows, in the shared buffer: valid until the next call."""
+        out = self.buffer[: hidden.shape[0]]
+        gemm.logits_into(out, hidden, self.head.weight, self.head.bias)
+        return out
+
+
+def stats_of(head: Head, logits: Tensor, labels: Tensor) -> LogProbs:
+    """Statistics of a chunk of raw logits, over the whole vocabulary."""
+    if head.shard is None:
+        return passes.row_stats(logits, labels, head.temperature, head.softcap, head.impl)
+    own = head.shard.local_labels(labels).clamp(min=0)
+    return head.shard.merge(passes.row_stats(logits, own, head.temperature, head.softcap, head.impl), labels)
+
+
+def push_grads(
+    head: Head,
+    grads: HeadGrads,
+    rows: slice,
+    hidden: Tensor,  # (n, H) those rows
+    labels: Tensor,  # (n,)
+    logits: Tensor,  # (n, V) raw; overwritten
+    stats: LogProbs,
+    d_logps: Tensor | None,  # (n,)
+    d_entropy: Tensor | None,  # (n,)
+    d_lse: Tensor | None,  # (n,)
+) -> None:
+    """Turn a chunk's logits into their gradient in place and add its share to `grads`."""
+    if head.shard is not None:
+        labels = head.shard.local_labels(labels)
+    dlogits = passes.row_grads_(
+        logits, labels, stats, d_logps, d_entropy, d_lse, head.temperature, head.softcap, hidden.dtype, head.impl
+    )
+    if head.skip_below > 0.0 and d_logps is not None:
+        _push_kept(head, grads, rows, hidden, dlogits, skipping.kept_runs(dlogits, d_logps, head.skip_below))
+    else:
+        if grads.hidden is not None:
+            gemm.hidden_grad_into(grads.hidden[rows], dlogits, head.weight)
+        if grads.weight is not None:
+            gemm.add_weight_grad_(grads.weight, dlogits, hidden, fresh=not grads.started)
+    if grads.bias is not None:
+        share = dlogits.sum(dim=0, dtype=grads.bias.dtype)
+        grads.bias.copy_(grads.bias + share if grads.started else share)
+    grads.started = True
+
+
+def _push_kept(head: Head, grads: HeadGrads, rows: slice, hidden: Tensor, dlogits: Tensor, runs: list[slice]) -> None:
+    """The two gradient GEMMs over the kept columns only."""
+    if grads.hidden is not None:
+        total = torch.zeros_like(hidden, dtype=head.stats_dtype)
+        part = torch.empty_like(hidden)
+        for run in runs:
+            # contiguous: torch's CPU product of bfloat16 rows with gaps between them reads into the gaps
+            gemm.hidden_grad_into(part, dlogits[:, run].contiguous(), head.weight[run])
+            total += part
+        grads.hidden[rows] = total.to(hidden.dtype)
+    if grads.weight is not None:
+        if not grads.started:
+            grads.weight.zero_()
+        for run in runs:
+            gemm.add_weight_grad_(grads.weight[run], dlogits[:, run].contiguous(), hidden)
+
+
+def row_chunks(start: int, stop: int, budget: int) -> Iterator[slice]:
+    """[start, stop) in slices of at most `budget` rows, as even as they can be."""
+    rows = stop - start
+    if rows <= 0:
+        return
+    pieces = -(-rows // budget)
+    for i in range(pieces):
+        yield slice(start + rows * i // pieces, start + rows * (i + 1) // pieces)
+
+
+class _Attach(torch.autograd.Function):
+    """Gives a loss the gradients that were computed along with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *grads: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        # Out of place, so that a retained graph may be used again; the product lands in the gradient's final dtype.
+        scaled: list[Tensor | None] = []
+        for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+            if grad is None:
+                scaled.append(None)
+            else:
+                scaled.append(torch.mul(grad, upstream, out=torch.empty_like(grad, dtype=dtype)))
+        return None, *scaled, None, None, None
+
+
+def attach(loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, grads: HeadGrads) -> Tensor:
+    """`loss` as an autograd node whose gradients are `grads`, scaled by whatever comes from upstream."""
+    if not grads.wanted:
+        return loss
+    return _Attach.apply(loss, hidden, weight, bias, grads.hidden, grads.weight, grads.bias)

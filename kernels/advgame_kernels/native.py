@@ -1,0 +1,101 @@
+"""Calls into the C++ extension `advgame_kernels._native`, which may not have been built.
+
+The extension knows addresses, sizes and dtype codes, nothing of torch; this file turns tensors into those.
+Contiguity, shapes and dtypes must have been checked by the caller.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advgame_kernels.types import LogProbs
+
+try:
+    _native: Any = importlib.import_module("advgame_kernels._native")
+    _why_not = ""
+except ImportError as error:
+    _native = None
+    _why_not = str(error)
+
+# Codes of csrc/dtypes.h.
+CODES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def available() -> bool:
+    """Whether the extension was built and loads."""
+    return _native is not None
+
+
+def require() -> None:
+    """Raise RuntimeError with the reason when the extension is not there."""
+    if _native is None:
+        raise RuntimeError(f"impl='native': the C++ extension is not available ({_why_not}); reinstall with a compiler")
+
+
+def isa() -> str:
+    """The instruction set that the extension uses here: 'avx512', 'avx2' or 'generic'."""
+    require()
+    return str(_native.isa())
+
+
+def row_stats(logits: Tensor, labels: Tensor, temperature: float, softcap: float) -> LogProbs:
+    """C++ twin of passes_torch.row_stats: float32 or bfloat16 logits on the CPU, unit stride in V."""
+    rows, vocab = logits.shape
+    out = LogProbs(*(torch.empty(rows, dtype=torch.float32) for _ in range(3)))
+    _native.row_stats(
+        logits.data_ptr(), CODES[logits.dtype], rows, vocab, logits.stride(0), labels.data_ptr(), temperature, softcap,
+        *(x.data_ptr() for x in out), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def row_grads_(
+    logits: Tensor,
+    labels: Tensor,
+    stats: LogProbs,
+    d_logps: Tensor | None,
+    d_entropy: Tensor | None,
+    d_lse: Tensor | None,
+    temperature: float,
+    softcap: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """C++ twin of passes_torch.row_grads_. A bfloat16 gradient of float32 logits gets memory of its own: torch's
+    CPU matrix product of bfloat16 rows with gaps between them reads into the gaps.
+    """
+    rows, vocab = logits.shape
+    out = logits
+    if out_dtype == torch.bfloat16 and logits.dtype == torch.float32:
+        out = torch.empty(rows, vocab, dtype=out_dtype)
+    pointers = [0 if g is None else g.data_ptr() for g in (d_logps, d_entropy, d_lse)]
+    _native.row_grads(
+        logits.data_ptr(), CODES[logits.dtype], out.data_ptr(), CODES[out.dtype], rows, vocab, logits.stride(0),
+        out.stride(0), labels.data_ptr(), temperature, softcap, stats.entropy.data_ptr(), stats.lse.data_ptr(),
+        *pointers, torch.get_num_threads(),
+    )  # fmt: skip
+    return out if out.dtype == out_dtype else out.to(out_dtype)
+
+
+def ema_update_(
+    shadow: Sequence[Tensor],
+    params: Sequence[Tensor],
+    decay: float | Tensor,
+    publish: Sequence[Tensor | None] | None,
+) -> list[int]:
+    """Update every tensor whose dtypes the extension knows; return the indices of the others."""
+    step = 1.0 - float(decay)
+    rest, table = [], []
+    for i, (s, p) in enumerate(zip(shadow, params, strict=True)):
+        out = None if publish is None else publish[i]
+        if p.dtype not in CODES or (out is not None and out.dtype not in CODES):
+            rest.append(i)
+            continue
+        target = (0, 0) if out is None else (out.data_ptr(), CODES[out.dtype])
+        table.append((s.data_ptr(), p.data_ptr(), CODES[p.dtype], *target, s.numel()))
+    _native.ema_update(table, step, torch.get_num_threads())
+    return rest

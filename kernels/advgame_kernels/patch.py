@@ -1,0 +1,169 @@
+"""One line that gives a Hugging Face causal language model fused losses: `patch_model(model)`.
+
+Afterwards `model(..., labels=labels, fused="logprobs")` returns the token log-probs of the labelled positions and
+`fused="preference"` a pairwise loss, both without logits; every other call is the model's own. The call goes
+through the model's forward, so DDP, FSDP and DeepSpeed wrappers see it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from advgame_kernels._checks import one_of, refuse
+from advgame_kernels.linear_logprobs import linear_logprobs
+from advgame_kernels.linear_preference import linear_preference_loss
+from advgame_kernels.types import LogProbs, PreferenceOutput
+
+IGNORED = -100  # the label of a position that nobody scores
+# Other multipliers of the logits, by the name that a model's configuration gives them.
+SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """How a model's configuration says its logits are made."""
+
+    softcap: float
+    scale: float
+
+    def keywords(self, temperature: float) -> dict[str, float]:
+        """As arguments of the linear functions, which cap first and divide then."""
+        if self.softcap and self.scale != 1.0:
+            refuse("model", "a head with a logit scale or a soft cap, not both", self)
+        return {"softcap": self.softcap, "temperature": temperature / self.scale}
+
+
+def head_settings(config: Any) -> HeadSettings:
+    """Soft cap and scale of the logits from a transformers configuration (the text part of a multimodal one)."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scale = 1.0
+    for name in SCALES:
+        value = getattr(text, name, None)
+        if value is not None:
+            scale = float(value)
+    divisor = getattr(text, "logits_scaling", None)
+    if divisor is not None:
+        # HyperCLOVA X multiplies by what Granite and MiniCPM3 divide by
+        scale = float(divisor) if text.model_type == "hyperclovax" else 1.0 / float(divisor)
+    return HeadSettings(float(getattr(text, "final_logit_softcapping", None) or 0.0), scale)
+
+
+@contextmanager
+def gathered_head(*parameters: Tensor | None) -> Iterator[None]:
+    """Whole parameters inside, whatever DeepSpeed's ZeRO-3 has partitioned; does nothing for plain ones.
+
+    One gather a call is enough: the losses compute their gradients in the forward pass, and what
+    `linear_logprobs` needs again in its backward pass it holds on to.
+    """
+    partitioned = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    deepspeed = importlib.import_module("deepspeed")
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
+
+
+def _plain_head(model: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the output embedding; refuses what would make the product with `weight` wrong."""
+    head = model.get_output_embeddings()
+    if head is None:
+        refuse("model", "a causal language model with output embeddings", type(model).__name__)
+    if hasattr(head, "base_layer"):
+        refuse(
+            "model", "an LM head without an adapter (its product is not that of `weight` alone)", type(head).__name__
+        )
+    return head.weight, getattr(head, "bias", None)
+
+
+def _compact(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows that predict a scored token, their labels, and the (B, L − 1) mask they come from."""
+    targets = labels[:, 1:]
+    mask = targets != IGNORED
+    return hidden[:, :-1][mask], targets[mask], mask
+
+
+def _logprobs(model: Any, hidden: Tensor, labels: Tensor, settings: dict[str, Any]) -> LogProbs:
+    weight, bias = _plain_head(model)
+    rows, targets, mask = _compact(hidden, labels)
+    with gathered_head(weight, bias):
+        out = linear_logprobs(rows.to(weight.dtype), weight, targets, bias=bias, **settings)
+    return LogProbs(*(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in out))
+
+
+def _preference(
+    model: Any,
+    hidden: Tensor,
+    labels: Tensor,
+    ref_logps: Tensor | None,
+    lengths: Sequence[int] | None,
+    settings: dict[str, Any],
+) -> PreferenceOutput:
+    weight, bias = _plain_head(model)
+    rows, targets, mask = _compact(hidden, labels)
+    if lengths is None:
+        lengths = mask.sum(dim=1).tolist()  # the one host sync; pass `lengths` to have none
+    bounds = [0]
+    for n in lengths:
+        bounds.append(bounds[-1] + n)
+    rows = rows.to(weight.dtype)
+    with gathered_head(weight, bias):
+        return linear_preference_loss(rows, weight, targets, bounds, ref_logps, bias=bias, **settings)
+
+
+def patch_model(model: Any) -> Any:
+    """Wrap `model.forward` of a transformers causal language model, and return the model.
+
+    `fused="logprobs"`: LogProbs of shape (B, L − 1), zero where the shifted label is −100; settings: those of
+    `linear_logprobs`. `fused="preference"`: rows 2p and 2p + 1 of the batch are the chosen and rejected sequence
+    of pair p, prompts labelled −100; further arguments: `ref_logps`, `lengths` (scored tokens of each row, on the
+    host; read from the GPU otherwise) and the settings of `linear_preference_loss`. Both take `temperature`; soft
+    cap and scale of the logits come from the model's configuration. Patch before wrapping with PEFT. Patching
+    twice changes nothing.
+
+    Raises ValueError for a model without a plain LM head (an adapter on it would silently be left out of the
+    product).
+    """
+    if getattr(model, "_advgame_patched", False):
+        return model
+    original = model.forward
+    head = head_settings(model.config)
+    _plain_head(model)
+
+    @functools.wraps(original)
+    def forward(*args: Any, fused: str | None = None, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if fused is None:
+            return original(*args, **kwargs) if labels is None else original(*args, labels=labels, **kwargs)
+        one_of("fused", fused, ("logprobs", "preference"))
+        if labels is None:
+            refuse("labels", f"(B, L) labels with {IGNORED} where no token is scored", None)
+        ours = {k: kwargs.pop(k) for k in list(kwargs) if k in OURS[fused]}
+        settings = head.keywords(ours.pop("temperature", 1.0)) | ours
+        kwargs["use_cache"] = False
+        hidden = model.base_model(*args, **kwargs).last_hidden_state
+        if fused == "logprobs":
+            return _logprobs(model, hidden, labels, settings)
+        return _preference(
+            model, hidden, labels, settings.pop("ref_logps", None), settings.pop("lengths", None), settings
+        )
+
+    model.forward = forward
+    model._advgame_patched = True
+    return model
+
+
+_COMMON = ("temperature", "chunk_bytes", "logits_dtype", "impl")
+OURS = {
+    "logprobs": _COMMON,
+    "preference": (
+        *_COMMON, "ref_logps", "lengths", "kind", "beta", "average", "label_smoothing", "robust", "simpo_gamma",
+        "discopop_tau", "nll_weight", "entropy_weight", "normalizer",
+    ),
+}  # fmt: skip

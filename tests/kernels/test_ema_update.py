@@ -1,0 +1,186 @@
+"""ema_update_ against a float64 average, with its published copy."""
+
+from __future__ import annotations
+
+import advgame_kernels as ak
+import pytest
+import torch
+from advgame_kernels import native, passes
+
+IMPLS = ["torch", pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason="no extension"))]
+NEEDS_TRITON = pytest.mark.skipif(passes.triton_reason() is not None, reason="no Triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(1,), (15,), (16, 3), (257,), (0,), (200_003,)]
+
+
+def model(dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=g).to(dtype) for s in SHAPES]
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, pytest.param("triton", marks=NEEDS_TRITON)])
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("publish_dtype", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("decay", [0.95, torch.tensor(0.95), 0.0, 1.0])
+def test_matches_float64(impl, param_dtype, publish_dtype, decay):
+    shadow, params = model(torch.float32, 1), model(param_dtype, 2)
+    publish = None if publish_dtype is None else [torch.full(s, 7.0).to(publish_dtype) for s in SHAPES]
+    d = float(decay)
+    want = [d * s.double() + (1 - d) * p.double() for s, p in zip(shadow, params, strict=True)]
+    ak.ema_update_(shadow, params, decay, publish=publish, impl=impl)
+    interpreted = (
+        impl == "triton" and DEVICE == "cpu"
+    )  # Triton's interpreter truncates to bf16; the compiled kernel rounds
+    for i, s in enumerate(shadow):
+        torch.testing.assert_close(s.double(), want[i], rtol=2e-7, atol=2e-7)
+        if publish is not None:
+            torch.testing.assert_close(publish[i], s.to(publish_dtype), rtol=2**-7 if interpreted else 0, atol=0)
+
+
+@pytest.mark.skipif(not native.available(), reason="no extension")
+def test_native_equals_reference_to_the_last_bit_or_the_next():
+    a, b, params = model(torch.float32, 1), model(torch.float32, 1), model(torch.float32, 2)
+    ak.ema_update_(a, params, 0.95, impl="native")
+    ak.ema_update_ref_(b, params, 0.95)
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=1.2e-7, atol=1e-8)
+
+
+@NEEDS_TRITON
+def test_one_triton_launch_finds_every_segment_of_every_tensor(monkeypatch):
+    from advgame_kernels import ema_triton
+
+    monkeypatch.setattr(ema_triton, "BLOCK", 16)
+    monkeypatch.setattr(ema_triton, "BLOCKS", 2)
+    sizes = [1, 31, 32, 33, 0, 64, 100, 7, 3, 65, 0, 129]
+    g = torch.Generator().manual_seed(0)
+    shadow = [torch.randn(n, generator=g).to(DEVICE) for n in sizes]
+    params = [torch.randn(n, generator=g).to(DEVICE, torch.float16 if n % 2 else torch.float32) for n in sizes]
+    publish = [None if n == 7 else torch.zeros(n, dtype=torch.float16, device=DEVICE) for n in sizes]
+    want = [0.9 * s.double() + 0.1 * p.double() for s, p in zip(shadow, params, strict=True)]
+    ak.ema_update_(shadow, params, torch.tensor(0.9, device=DEVICE), publish=publish, impl="triton")
+    for s, w, out in zip(shadow, want, publish, strict=True):
+        torch.testing.assert_close(s.double(), w, rtol=2e-7, atol=2e-7)
+        assert out is None or torch.equal(out, s.half())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_published_bf16_rounds_to_even_and_keeps_special_values(impl):
+    special = torch.tensor(
+        [1.0, 1.00390625, 1.01171875, 3.3895e38, float("inf"), float("-inf"), float("nan"), -0.0, 1e-40]
+    )
+    shadow, out = [special.clone()], [torch.zeros(9, dtype=torch.bfloat16)]
+    ak.ema_update_(shadow, [torch.zeros(9)], 1.0, publish=out, impl=impl)
+    kept = torch.isfinite(special)
+    assert torch.equal(out[0][kept], special.to(torch.bfloat16)[kept])
+    assert torch.isnan(out[0][6])
+
+
+def test_follows_a_tiny_learning_rate():
+    shadow, params = [torch.ones(10)], [torch.ones(10)]
+    for _ in range(100):
+        params[0] += 1e-6
+        ak.ema_update_(shadow, params, 0.95)
+    lag = (params[0] - shadow[0]).double()
+    assert (lag > 1.4e-5).all()  # decay/(1-decay) = 19 steps of 1e-6
+    assert (lag < 2.4e-5).all()
+
+
+def test_entries_without_publication_and_other_dtypes():
+    shadow, params = [torch.zeros(3), torch.zeros(4)], [torch.ones(3), torch.ones(4, dtype=torch.float16)]
+    out = [None, torch.zeros(4, dtype=torch.float16)]
+    ak.ema_update_(shadow, params, 0.5, publish=out)
+    assert torch.equal(shadow[0], torch.full((3,), 0.5))
+    assert torch.equal(out[1], torch.full((4,), 0.5, dtype=torch.float16))
+
+
+def test_parameters_that_require_gradients_are_taken_as_they_are():
+    p = torch.nn.Parameter(torch.ones(3))
+    shadow = [torch.zeros(3)]
+    ak.ema_update_(shadow, [p], 0.5)
+    assert not shadow[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shadow": [torch.zeros(3, dtype=torch.bfloat16)]}, r"shadow\[0\]"),
+        ({"params": [torch.zeros(4)]}, r"params\[0\]"),
+        ({"params": []}, "params"),
+        ({"params": [torch.zeros(3, dtype=torch.int32)]}, r"params\[0\]"),
+        ({"decay": 1.5}, "decay"),
+        ({"decay": float("nan")}, "decay"),
+        ({"publish": [torch.zeros(2)]}, r"publish\[0\]"),
+        ({"publish": []}, "publish"),
+        ({"shadow": [torch.zeros(3, 3).t()[0]]}, r"shadow\[0\]"),
+    ],
+)
+def test_refusals_name_the_argument(change, message):
+    call = {"shadow": [torch.zeros(3)], "params": [torch.zeros(3)], "decay": 0.9} | change
+    with pytest.raises(ValueError, match=message):
+        ak.ema_update_(call.pop("shadow"), call.pop("params"), call.pop("decay"), **call)
+
+
+NARROW_IMPLS = ["torch", pytest.param("triton", marks=NEEDS_TRITON)]
+
+
+@pytest.mark.parametrize("impl", NARROW_IMPLS)
+def test_stochastic_rounding_is_unbiased_and_keeps_both_neighbours(impl):
+    n = 40_000
+    shadow = [torch.ones(n, dtype=torch.bfloat16, device=DEVICE)]
+    target = 1.0 + 0.3 * 2**-7  # three tenths of an ulp above
+    ak.ema_update_(shadow, [torch.full((n,), target, device=DEVICE)], 0.0, seed=3, impl=impl)
+    values = shadow[0].double()
+    assert set(values.unique().tolist()) == {1.0, 1.0 + 2**-7}
+    assert abs(values.mean().item() - target) < 5 * 2**-7 * (0.21 / n) ** 0.5
+    again = [torch.ones(n, dtype=torch.bfloat16, device=DEVICE)]
+    ak.ema_update_(again, [torch.full((n,), target, device=DEVICE)], 0.0, seed=3, impl=impl)
+    assert torch.equal(again[0], shadow[0])
+    ak.ema_update_(again, [torch.full((n,), target, device=DEVICE)], 0.0, seed=4, impl=impl)
+    assert not torch.equal(again[0], shadow[0])
+
+
+@pytest.mark.parametrize("impl", NARROW_IMPLS)
+@pytest.mark.parametrize("how", ["stochastic", "compensation"])
+def test_a_bfloat16_shadow_follows_small_steps(impl, how):
+    n = 512
+    param, exact = torch.ones(n, device=DEVICE), torch.ones(n, dtype=torch.float64, device=DEVICE)
+    shadow = [torch.ones(n, dtype=torch.bfloat16, device=DEVICE)]
+    publish = [torch.zeros(n, dtype=torch.float32, device=DEVICE)]
+    kept = [torch.zeros(n, dtype=torch.bfloat16, device=DEVICE)]
+    for step in range(60):
+        param += 1e-3
+        exact += 0.05 * (param.double() - exact)
+        extra = {"seed": step} if how == "stochastic" else {"compensation": kept}
+        ak.ema_update_(shadow, [param], 0.95, publish=publish, impl=impl, **extra)
+    assert torch.equal(publish[0], shadow[0].float())
+    if how == "compensation":
+        torch.testing.assert_close(shadow[0].double() + kept[0].double(), exact, rtol=2e-4, atol=0)
+    else:
+        assert abs(shadow[0].double().mean() - exact.mean()) < 1e-3
+    assert exact[0] > 1.03  # while rounding to nearest would never have left 1
+
+
+def test_special_values_survive_stochastic_rounding():
+    from advgame_kernels.ema_bf16 import round_stochastically
+
+    x = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0, -0.0, 1.0, -2.5])
+    out = round_stochastically(x, torch.Generator().manual_seed(0))
+    assert torch.equal(out[[0, 1, 3, 4, 5, 6]].float(), x[[0, 1, 3, 4, 5, 6]])
+    assert torch.isnan(out[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, r"shadow\[0\]: expected a float32"),
+        ({"seed": 1, "shadow": [torch.zeros(3)]}, r"shadow\[0\]: expected a bfloat16"),
+        ({"seed": 1, "compensation": [torch.zeros(3, dtype=torch.bfloat16)]}, "seed"),
+        ({"compensation": [torch.zeros(3)]}, r"compensation\[0\]"),
+        ({"compensation": []}, "compensation"),
+    ],
+)
+def test_bfloat16_refusals(change, message):
+    call = {"shadow": [torch.zeros(3, dtype=torch.bfloat16)]} | change
+    with pytest.raises(ValueError, match=message):
+        ak.ema_update_(call.pop("shadow"), [torch.zeros(3)], 0.9, **call)
