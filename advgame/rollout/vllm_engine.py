@@ -32,6 +32,10 @@ class Channel(Protocol):
     def direct(self) -> bool: ...
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of this channel, after `attach`."""
+
+    @property
     def destinations(self) -> Mapping[str, Tensor]:
         """Where the trainer writes, by parameter name; valid after `attach`."""
 
@@ -65,7 +69,8 @@ class VllmEngine:
 
     channel: how weights arrive; None for a model that never changes. restore: writes the weights of the current
     version, asked after a restart (None: the folder's own are the current ones). counters: `<name>_restarts`,
-    `<name>_publish_failures`. Use from one event loop only.
+    `<name>_publish_failures`. first_answer: seconds from the beginning of the newest publish to the end of the first
+    completion that it made. Use from one event loop only.
     """
 
     def __init__(
@@ -97,10 +102,16 @@ class VllmEngine:
         self._positions = 0
         self._started = False
         self._restarts = 0
+        self._published_at: float | None = None
+        self.first_answer = 0.0
 
     @property
     def version(self) -> int:
         return self._version
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return () if self._channel is None else self._channel.notes
 
     @property
     def process_ids(self) -> list[int]:
@@ -139,6 +150,8 @@ class VllmEngine:
         # older vLLM stamps nothing; then nothing runs during a publish (`finish`) and the engine's version is right
         spans = getattr(made, "weight_versions", None)
         version = int(spans[0].version) if spans else self._version
+        if self._published_at is not None and version == self._version:
+            self.first_answer, self._published_at = time.perf_counter() - self._published_at, None
         return Sample(request.prompt_ids, tokens, logprobs, made.finish_reason, version)
 
     async def publish(self, version: int, write: Write) -> None:
@@ -182,6 +195,7 @@ class VllmEngine:
                 self._version = version
                 await self._restart(self.restore if written else write)
                 return
+            self._published_at = marks[0]
             self.last_publish = PublishTimes(*(b - a for a, b in itertools.pairwise(marks)))
 
     async def close(self) -> None:
