@@ -6,62 +6,24 @@ import asyncio
 import itertools
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor
-
+from advgame.errors import InputError
 from advgame.game.tree import Sample
 from advgame.publish.channels import guard
 from advgame.rollout import vllm_start
+from advgame.rollout.channel import Channel, PublishTimes, Write
 from advgame.rollout.engine import EngineDied, EngineError, Request
 from advgame.rollout.settings import VllmSettings
-
-Write = Callable[[Mapping[str, Tensor]], None]
 
 PAUSE_MODES = {"finish": "wait", "keep": "keep", "abort": "abort"}
 """Our word for what happens to requests in flight -> vLLM's."""
 
 
-class Channel(Protocol):
-    """The way of new weights into one engine. `direct`: they are written where the engine reads."""
-
-    @property
-    def direct(self) -> bool: ...
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a user should know of this channel, after `attach`."""
-
-    @property
-    def destinations(self) -> Mapping[str, Tensor]:
-        """Where the trainer writes, by parameter name; valid after `attach`."""
-
-    async def attach(self, llm: Any) -> None:
-        """Connects to a freshly started engine, dropping a former one."""
-
-    async def deliver(self, llm: Any, *, verify: bool) -> None:
-        """After a write and before the engine runs again: whatever is left until it reads the new weights."""
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class PublishTimes:
-    """Seconds of each part of one publish, in order."""
-
-    quiesce: float = 0.0
-    write: float = 0.0
-    deliver: float = 0.0
-    reset: float = 0.0
-    stamp: float = 0.0
-    resume: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
+WATCH_S = 0.5
+"""Seconds between looks at an engine's processes."""
 
 
 class VllmEngine:
@@ -102,6 +64,8 @@ class VllmEngine:
         self._positions = 0
         self._started = False
         self._restarts = 0
+        self._died: asyncio.Future[None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self._published_at: float | None = None
         self.first_answer = 0.0
 
@@ -132,16 +96,7 @@ class VllmEngine:
         """
         llm = await self._serving()
         self._check(request)
-        prompt = {"prompt_token_ids": list(request.prompt_ids)}
-        number = f"{self.name}-{next(self._numbers)}"
-        try:
-            async with asyncio.timeout(self.settings.request_timeout_s):
-                async for output in llm.generate(prompt, self._parameters(request), number):
-                    final = output
-        except TimeoutError:
-            raise EngineError(f"{self.name}: no answer within {self.settings.request_timeout_s} s") from None
-        except Exception as error:
-            raise self._typed(llm, error) from None
+        final = await self._answer(llm, request)
         made = final.outputs[0]
         if made.finish_reason not in ("stop", "length"):
             raise EngineError(f"{self.name}: the request ended by {made.finish_reason}")
@@ -201,22 +156,24 @@ class VllmEngine:
     async def close(self) -> None:
         """Ends the engine's process and releases what the channel maps."""
         async with self._lock:
+            if self._llm is not None and vllm_start.alive(self._llm):
+                vllm_start.end(self._llm)
             self._kill()
             if self._channel is not None:
                 self._channel.close()
 
     async def _serving(self) -> Any:
         """The running engine: started on first use, restarted at the current version after a death."""
-        if self._llm is not None and not self._llm.errored:
+        if self._llm is not None and vllm_start.alive(self._llm):
             return self._llm
         async with self._lock:
-            if self._llm is not None and self._llm.errored:
+            if self._llm is not None and not vllm_start.alive(self._llm):
                 self._kill()
             if self._llm is None:
                 if self._started:
                     await self._restart(self.restore)
                 else:
-                    await self._open()
+                    await self._open(None)
                     self._started = True
             return self._llm
 
@@ -226,29 +183,74 @@ class VllmEngine:
             raise EngineDied(f"{self.name}: the engine died and has been restarted {self._restarts} times already")
         self._restarts += 1
         self.counters[f"{self.name}_restarts"] += 1
-        await self._open()
-        if write is not None and self._channel is not None:
-            self._written(write)
-            await self._channel.deliver(self._llm, verify=True)
-            await vllm_start.reset_caches(self._llm)
+        await self._open(write)
 
-    async def _open(self) -> None:
+    async def _open(self, write: Write | None) -> None:
+        """Starts a process; nobody sees it before it has its weights and carries its version."""
+        channel = self._channel
         arguments = vllm_start.engine_arguments(
-            self.folder, self.settings, dtype=self._dtype, direct=self._channel is not None and self._channel.direct
+            self.folder, self.settings, dtype=self._dtype, direct=channel is not None and channel.direct
         )
-        device = self.settings.devices.get(self.name)  # type: ignore[call-overload]
+        llm = None
         try:
-            self._llm = vllm_start.start(arguments, self.settings, device)
-            config = self._llm.model_config
-            self._vocabulary, self._positions = config.get_vocab_size(), config.max_model_len
+            llm = vllm_start.start(arguments, self.settings, self.settings.devices.get(self.name))  # type: ignore[call-overload]
             async with asyncio.timeout(self.settings.start_timeout_s):
-                await guard(self._llm)
-                if self._channel is not None:
-                    await self._channel.attach(self._llm)
-                await vllm_start.stamp(self._llm, self._version)
-        except (OSError, RuntimeError, ValueError, TimeoutError) as error:
-            self._kill()
+                await guard(llm)
+                if channel is not None:
+                    await channel.attach(llm)
+                    if write is not None:
+                        self._written(write)
+                        await channel.deliver(llm, verify=True)
+                        await vllm_start.reset_caches(llm)
+                await vllm_start.stamp(llm, self._version)
+        except Exception as error:
+            if llm is not None:
+                vllm_start.kill(llm)
+            if isinstance(error, WriteFailed | InputError):
+                raise
             raise EngineDied(f"{self.name}: vLLM does not start: {type(error).__name__}: {error}") from error
+        config = llm.model_config
+        self._vocabulary, self._positions = config.get_vocab_size(), config.max_model_len
+        self._llm = llm
+        self._died = asyncio.get_running_loop().create_future()
+        self._watcher = asyncio.create_task(self._watch(llm, self._died))
+
+    async def _answer(self, llm: Any, request: Request) -> Any:
+        """vLLM's final output, or a typed error. A death ends the wait even where vLLM itself would wait for ever."""
+
+        async def last() -> Any:
+            prompt = {"prompt_token_ids": list(request.prompt_ids)}
+            number = f"{self.name}-{next(self._numbers)}"
+            async for output in llm.generate(prompt, self._parameters(request), number):
+                final = output
+            return final
+
+        assert self._died is not None
+        died, answer = self._died, asyncio.create_task(last())
+        try:
+            await asyncio.wait(
+                {died, answer}, timeout=self.settings.request_timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            if not answer.done():
+                answer.cancel()
+        if answer.done():
+            try:
+                return answer.result()
+            except Exception as error:
+                raise self._typed(llm, error) from None
+        # nobody waits for it any more
+        answer.add_done_callback(lambda task: task.cancelled() or task.exception())
+        if died.done():
+            raise EngineDied(f"{self.name}: the engine's process ended")
+        raise EngineError(f"{self.name}: no answer within {self.settings.request_timeout_s} s")
+
+    async def _watch(self, llm: Any, died: asyncio.Future[None]) -> None:
+        """Notices a death that vLLM does not tell of: one while a request is on its way, for example."""
+        while not died.done():
+            await asyncio.sleep(WATCH_S)
+            if not vllm_start.alive(llm) and not died.done():
+                died.set_result(None)
 
     def _written(self, write: Write) -> None:
         assert self._channel is not None
@@ -261,6 +263,8 @@ class VllmEngine:
         if self._llm is not None:
             vllm_start.kill(self._llm)
             self._llm = None
+            if self._died is not None and not self._died.done():
+                self._died.set_result(None)
 
     def _check(self, request: Request) -> None:
         """What vLLM would cut short in silence or die of."""
@@ -294,7 +298,7 @@ class VllmEngine:
         """vLLM's exception as ours; anything unknown stays as it is."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        if isinstance(error, EngineDeadError) or llm.errored or llm is not self._llm:
+        if isinstance(error, EngineDeadError) or llm is not self._llm or not vllm_start.alive(llm):
             return EngineDied(f"{self.name}: the engine's process ended")
         # a refused request, by the class names of different versions
         if isinstance(error, ValueError) or type(error).__name__ in ("VLLMValidationError", "EngineGenerateError"):

@@ -164,21 +164,33 @@ def start(arguments: Mapping[str, Any], settings: VllmSettings, device: str | No
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
 
 
-def kill(llm: Any) -> None:
-    """Ends an engine at once, whatever it is doing; whoever waits for an answer gets EngineDeadError."""
-    from vllm.v1.engine.exceptions import EngineDeadError
+def alive(llm: Any) -> bool:
+    return not llm.errored and all(process.is_alive() for process in _processes(llm))
 
-    manager = getattr(llm.engine_core.resources, "engine_manager", None)
-    for process in getattr(manager, "processes", ()):
+
+def kill(llm: Any) -> None:
+    """Ends an engine at once, whatever it is doing."""
+    for process in _processes(llm):
         process.kill()
-    # a shutdown ends vLLM's own reader of answers, which would have told them
-    llm.output_processor.propagate_error(EngineDeadError())
-    llm.shutdown()
+    end(llm)
+
+
+def end(llm: Any) -> None:
+    """Lets an idle engine end in its own time (a few seconds at most), then makes sure."""
+    processes = _processes(llm)
+    llm.shutdown(timeout=5.0)
     llm.shutdown = lambda timeout=None: None  # its destructor would shut down again when Python is half gone
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+
+
+def _processes(llm: Any) -> list[Any]:
+    return list(getattr(getattr(llm.engine_core.resources, "engine_manager", None), "processes", ()))
 
 
 def process_ids(llm: Any) -> list[int]:
-    return [process.pid for process in llm.engine_core.resources.engine_manager.processes]
+    return [process.pid for process in _processes(llm)]
 
 
 async def pause(llm: Any, mode: str) -> None:

@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from advgame.config import Config
 from advgame.learn.learner import Learner, load_model
 from advgame.rollout import vllm_start
+from advgame.rollout.channel import Channel
 from advgame.rollout.chat import stop_ids
 from advgame.rollout.endpoint_engine import EndpointSpeaker, check_endpoint
 from advgame.rollout.engine import Engine, Sampling
 from advgame.rollout.transformers_engine import TransformersEngine
-from advgame.rollout.vllm_engine import Channel, VllmEngine
+from advgame.rollout.vllm_engine import VllmEngine
 
 
 def check_engines(config: Config, folders: Mapping[str, Path]) -> None:

@@ -115,3 +115,20 @@ def test_bfloat16_and_a_refused_plan_falls_back(runner, tmp_path):
         assert [s.version for s in asked(runner, engine)] == [1] * 3
     finally:
         runner.run(engine.close())
+
+
+def test_two_workers_hold_their_slices(runner, tmp_path):
+    """Tensor parallel on the CPU: every rank has a plan of its own, and sources are split over both."""
+    first, second = (models.model(seed=s, hidden=engines.HIDDEN, tied=False) for s in (0, 1))
+    channel = ShmChannel("m", sources_of(first.named_parameters()))
+    vllm = engines.settings(tensor_parallel=2, verify_every=1)
+    engine = engines.vllm_engine(engines.folder(tmp_path / "m", tied=False, seed=0), channel=channel, vllm=vllm)
+    try:
+        runner.run(engine.start())
+        assert len(channel.plans) == 2
+        assert "model.layers.0.self_attn.o_proj.weight" in channel.staged
+        for version, model in ((1, second), (2, first)):
+            runner.run(engine.publish(version, writer(model)))
+            assert_serves(runner, engine, model, version)
+    finally:
+        runner.run(engine.close())
