@@ -358,6 +358,9 @@ def describe_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[
             yield path, "null" if field.default is None else "(section)", field.description or ""
             yield from describe_fields(section, f"{path}.")
         else:
+            if field.is_required():
+                yield path, "(required)", field.description or ""
+                continue
             default = field.get_default(call_default_factory=True)
             yield path, yaml.safe_dump(_plain(default), default_flow_style=True).split("\n")[0], field.description or ""
 

@@ -73,4 +73,4 @@ async def _record(folder: Path, settings: VllmSettings, dtype: str, sources: tup
     try:
         return await record_plans(llm, folder.resolve().name, sources)
     finally:
-        vllm_start.kill(llm)
+        vllm_start.end(llm)
