@@ -1,4 +1,4 @@
-"""The command line: `advgame train | resume | config | data`. Bad input is one line on stderr and exit code 2."""
+"""The command line: `advgame train | resume | config | data | publish`. Bad input: one line on stderr, exit code 2."""
 
 from __future__ import annotations
 
@@ -42,6 +42,17 @@ def build_parser() -> argparse.ArgumentParser:
     config.add_argument("--fields", action="store_true", help="print every field with its default and meaning")
 
     add_data_arguments(commands.add_parser("data", help="describe, clean and split a seed file"))
+
+    publish = commands.add_parser(
+        "publish",
+        help="show how weights reach an engine",
+        description="Records the copy plan of a model from vLLM's own loader; writes no weights.",
+    )
+    publish.add_argument("--plan", type=Path, required=True, metavar="MODEL", help="Hugging Face model folder")
+    publish.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="workers of an engine (default 1)")
+    publish.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="the engine's weights")
+    publish.add_argument("--save", type=Path, metavar="FILE", help="write the plan as JSON")
+    publish.add_argument("--diff", type=Path, metavar="FILE", help="compare with a saved plan; exit code 1: differs")
     return parser
 
 
@@ -64,8 +75,8 @@ def _main(argv: list[str]) -> int:
 
     arguments, overrides = build_parser().parse_known_args(argv)
     try:
-        if overrides and arguments.command == "data":
-            raise InputError(f"unexpected argument {overrides[0]!r}; see advgame data --help")
+        if overrides and arguments.command in ("data", "publish"):
+            raise InputError(f"unexpected argument {overrides[0]!r}; see advgame {arguments.command} --help")
         return COMMANDS[arguments.command](arguments, overrides)
     except InputError as error:
         return _fail(str(error))
@@ -134,7 +145,13 @@ def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return run_data(arguments)
 
 
-COMMANDS = {"train": _train, "resume": _resume, "config": _config, "data": _data}
+def _publish(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from advgame.publish.command import run_publish
+
+    return run_publish(arguments)
+
+
+COMMANDS = {"train": _train, "resume": _resume, "config": _config, "data": _data, "publish": _publish}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
 from advgame.errors import InputError
+from advgame.rollout.settings import EndpointSettings, RolloutSettings, Section
 from advgame.world.settings import WorldSettings
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
 class RunSettings(Section):
@@ -73,6 +70,10 @@ class JudgeSettings(Section):
         description="rule: the world's exact judge; llm: a language model; phrases: refusal phrases, smoke tests only.",
     )
     model: Path | None = Field(None, description="Model folder of an llm judge.")
+    engine: Literal["transformers", "vllm", "endpoint"] | None = Field(
+        None, description="Who samples an llm judge; null: as rollout.engine, or the endpoint if one is given."
+    )
+    endpoint: EndpointSettings | None = Field(None, description="A server that judges instead of a model folder.")
     mode: Literal["pairwise", "pointwise"] = Field("pairwise", description="Score answers in pairs, or each alone.")
     samples: PositiveInt = Field(1, description="Verdicts sampled per question (llm).")
     swap: bool = Field(False, description="Ask each pair in both orders and average (llm).")
@@ -95,15 +96,6 @@ class GameSettings(Section):
     skip_attacker: bool = Field(False, description="Seeds go to the Defender as they are; no Attacker plays.")
     self_play: bool = Field(False, description="Self-RedTeam: one shared model in both roles, zero-sum rewards.")
     templates: Path | None = Field(None, description="Folder of templates that replace ours, by file name.")
-
-
-class RolloutSettings(Section):
-    engine: Literal["transformers"] = Field("transformers", description="Who samples.")
-    source: Literal["ema", "live"] = Field("ema", description="Weights that sample: the EMA, or the live player.")
-    batch: PositiveInt = Field(256, description="Most completions in one engine batch.")
-    in_flight: PositiveInt = Field(1024, description="Most trees played at once.")
-    retries: int = Field(2, ge=0, description="Retries of a failed engine call.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Weights of the engines.")
 
 
 class LearnSettings(Section):
@@ -282,8 +274,17 @@ def _templates(c: Config) -> str | None:
 
 
 def _judge(c: Config) -> str | None:
-    if c.judge.kind == "llm" and c.judge.model is None:
-        return "judge.model: an llm judge needs a model folder"
+    remote = c.judge.endpoint is not None
+    if remote and c.judge.kind != "llm":
+        return "judge.endpoint: only an llm judge asks a server; set judge.kind: llm"
+    if remote and c.judge.engine not in (None, "endpoint"):
+        return f"judge.engine: {c.judge.engine} does not go with judge.endpoint; drop one of them"
+    if c.judge.engine == "endpoint" and not remote:
+        return "judge.endpoint: give url and model of the server"
+    if remote and c.judge.model is not None:
+        return "judge.model: the endpoint serves its own model; drop this or judge.endpoint"
+    if c.judge.kind == "llm" and c.judge.model is None and not remote:
+        return "judge.model: an llm judge needs a model folder (or judge.endpoint a server)"
     if c.judge.mode == "pointwise" and c.judge.swap:
         return "judge.swap: a pointwise judge sees one answer, there is nothing to swap; set it to false"
     if c.judge.kind != "rule" and (c.judge.noise or c.judge.bias):
@@ -317,6 +318,12 @@ def _objective(c: Config) -> str | None:
     return None
 
 
+def _engines(c: Config) -> str | None:
+    if c.rollout.engine == "vllm" and c.game.self_play and {"attacker", "defender"} & set(c.rollout.vllm.devices):
+        return "rollout.vllm.devices: with game.self_play both roles are the engine `shared`"
+    return None
+
+
 def _players(c: Config) -> str | None:
     attacker_plays = not c.game.skip_attacker
     if c.defender.frozen and (c.attacker.frozen or not attacker_plays):
@@ -337,7 +344,7 @@ def _players(c: Config) -> str | None:
     return None
 
 
-COMBINATIONS = (_world_or_models, _judge, _templates, _objective, _players)
+COMBINATIONS = (_world_or_models, _judge, _templates, _objective, _players, _engines)
 """Each looks at the whole tree and returns "field: what cannot be and the mend", or None."""
 
 
@@ -351,6 +358,9 @@ def describe_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[
             yield path, "null" if field.default is None else "(section)", field.description or ""
             yield from describe_fields(section, f"{path}.")
         else:
+            if field.is_required():
+                yield path, "(required)", field.description or ""
+                continue
             default = field.get_default(call_default_factory=True)
             yield path, yaml.safe_dump(_plain(default), default_flow_style=True).split("\n")[0], field.description or ""
 

@@ -10,7 +10,7 @@ from advgame.game.judge import Key
 from advgame.game.parsing import parse_score, parse_scores, parse_verdict
 from advgame.game.prompts import Templates
 from advgame.game.tree import Rubric, Seed
-from advgame.rollout.speaker import Speaker
+from advgame.rollout.speaker import Asks
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ class LLMJudge:
         ValueError: `samples` is less than 1.
     """
 
-    def __init__(self, speaker: Speaker, templates: Templates, samples: int = 1, swap: bool = False) -> None:
+    def __init__(self, speaker: Asks, templates: Templates, samples: int = 1, swap: bool = False) -> None:
         if samples < 1:
             raise ValueError(f"a judge needs at least 1 sample, not {samples}")
         self.speaker = speaker

@@ -207,7 +207,11 @@ class Learner:
         live = [self.parameters[name].data for name in names]
         if self.shadow:
             shadow = [self.shadow[name] for name in names]
-            ema_update_(shadow, live, self.settings.ema_decay, publish=destinations)
+            # an engine whose weights go through host memory is written in a second pass
+            near = all(out.device == own.device for out, own in zip(destinations, shadow, strict=True))
+            ema_update_(shadow, live, self.settings.ema_decay, publish=destinations if near else None)
+            if not near:
+                torch._foreach_copy_(destinations, shadow)
         else:
             torch._foreach_copy_(destinations, live)
 

@@ -36,11 +36,18 @@ class EngineError(RuntimeError):
     """An engine could not answer; the caller retries and counts it."""
 
 
+class EngineDied(EngineError):
+    """An engine's process is gone or was given up; the next request restarts it at the current version."""
+
+
 class Engine(Protocol):
     """Samples one model. `version` is that of the weights that are served now."""
 
     @property
     def version(self) -> int: ...
+
+    async def start(self) -> None:
+        """Makes the engine ready; whoever does not call it pays at the first request."""
 
     async def generate(self, request: Request) -> Sample: ...
 

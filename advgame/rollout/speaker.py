@@ -22,6 +22,15 @@ class Chat(Protocol):
         """Decoded tokens, special tokens removed, outer white space stripped."""
 
 
+class Asks(Protocol):
+    """Whoever can be asked by text: an engine's speaker or a server's."""
+
+    counters: Counter[str]
+
+    async def ask(self, user: str, key: tuple[int, ...], sampling: Sampling | None = None) -> tuple[Sample | None, str]:
+        """(what was sampled, its text); (None, "") when nothing came back."""
+
+
 @dataclass
 class Speaker:
     """Asks an engine, retries its failures and counts them in `counters` (keys `<name>_...`)."""

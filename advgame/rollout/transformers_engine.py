@@ -55,6 +55,9 @@ class TransformersEngine:
     def version(self) -> int:
         return self._version
 
+    async def start(self) -> None:
+        """Nothing to do: the model was loaded with the engine."""
+
     async def generate(self, request: Request) -> Sample:
         """Samples one completion. Raises EngineError if the model cannot (the message says why)."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)

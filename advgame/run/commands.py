@@ -114,10 +114,6 @@ def _restore(session: Session, checkpoint: Path) -> Progress:
 
 async def _run(session: Session, folder: RunFolder, progress: Progress, *, resumed: bool, quiet: bool) -> None:
     config = session.config
-    if resumed:
-        for side in session.sides:
-            if side.learner is not None:
-                await side.engine.publish(progress.step, side.learner.serve_into)
     with (
         Recorder(folder) as recorder,
         LiveView(config.run.steps, not quiet, first_step=progress.step, log=folder.log) as view,
@@ -134,6 +130,12 @@ async def _run(session: Session, folder: RunFolder, progress: Progress, *, resum
             purge_step=progress.step if resumed else None,
         )
         try:
+            for note in await session.start():
+                view.note(note)
+            if resumed:
+                for side in session.sides:
+                    if side.learner is not None:
+                        await side.engine.publish(progress.step, side.learner.serve_into)
             after = await train(session, folder, recorder, trackers, view, progress)
         finally:
             for tracker in trackers:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from transformers import PreTrainedModel
+
 from advgame.game.play import play_batch
 from advgame.game.rewards import tree_rewards
 from advgame.game.tree import Category, Outcome, Seed, Tree
+from advgame.learn.learner import load_model
+from advgame.rollout.transformers_engine import TransformersEngine
+from advgame.rollout.vllm_engine import VllmEngine
 from advgame.run import names
 from advgame.run.metrics import judged_rates, play_metrics
-from advgame.run.session import Session
+from advgame.run.session import Session, Side
 from advgame.world.world import World
 
 EVAL_STEP = 1 << 30
@@ -50,7 +55,7 @@ def exact(session: Session) -> dict[str, float]:
     """The Defender's exact worst case by enumeration (tiny world only; {} elsewhere)."""
     if session.world is None:
         return {}
-    report = session.world.exact(session.sides[-1].engine.model)
+    report = session.world.exact(served_model(session.sides[-1]))
     return {
         names.EXPLOITABILITY: report.worst_harm,
         names.HELDOUT_EXPLOITABILITY: report.worst_harm_heldout_framings,
@@ -65,6 +70,17 @@ def exact(session: Session) -> dict[str, float]:
         names.GIBBERISH: report.gibberish,
         "eval/gibberish_max": report.gibberish_max,
     }
+
+
+def served_model(side: Side) -> PreTrainedModel:
+    """A model of this process with the weights that the side's engine serves: the engine's own, or a copy."""
+    if isinstance(side.engine, TransformersEngine):
+        return side.engine.model
+    assert isinstance(side.engine, VllmEngine), "players are sampled by these two"
+    model = load_model(side.engine.folder, f"{side.name}.model").eval()
+    if side.learner is not None:
+        side.learner.serve_into(dict(model.named_parameters()))
+    return model
 
 
 async def _play(session: Session, seeds: Sequence[Seed], step: int, *, direct: bool) -> list[Tree]:

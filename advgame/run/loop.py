@@ -8,12 +8,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from advgame.game.pairs import Role, groups_of, pairs_of
 from advgame.game.play import play_batch
 from advgame.game.rewards import TreeRewards, tree_rewards
 from advgame.game.tree import Category, Tree
+from advgame.rollout.vllm_engine import VllmEngine
 from advgame.run import names
 from advgame.run.checkpoint import PlayerState, TrainState, save_checkpoint
 from advgame.run.evaluate import exact, sampled_success, validate
@@ -102,7 +104,7 @@ async def train(
         progress.step += 1
         seconds = time.perf_counter() - started
         progress.seconds += seconds
-        values = play_metrics(trees, rewards, version=step) | learned | measured
+        values = play_metrics(trees, rewards, version=step) | learned | measured | publish_times(session)
         values |= {f"{names.COUNTER_PREFIX}{k}": float(v) for k, v in session.counters.items() if _is_problem(k)}
         values |= {names.stage_seconds(stage): s for stage, s in clock.seconds.items()}
         values |= {names.STEP_SECONDS: seconds, names.TREES_PER_SECOND: len(trees) / clock.seconds["play"]}
@@ -176,6 +178,16 @@ async def publish(session: Session, version: int) -> None:
     for side in session.sides:
         if side.learner is not None:
             await side.engine.publish(version, side.learner.publish_into)
+
+
+def publish_times(session: Session) -> dict[str, float]:
+    """Milliseconds of each part of the newest publish into vLLM engines, and until the first completion before it."""
+    values: dict[str, float] = {}
+    for side in session.sides:
+        if isinstance(side.engine, VllmEngine) and side.learner is not None:
+            parts = {**asdict(side.engine.last_publish), "first_answer": side.engine.first_answer}
+            values |= {f"publish/{side.name}/{part}_ms": 1000 * seconds for part, seconds in parts.items()}
+    return values
 
 
 def save(session: Session, folder: RunFolder, progress: Progress) -> None:

@@ -21,11 +21,12 @@ from advgame.game.rewards import RewardRules
 from advgame.game.seeds import SeedFile, SeedPool
 from advgame.game.stream import SeedStream
 from advgame.game.tree import Category, Seed
-from advgame.learn.learner import Learner, load_model
-from advgame.rollout.chat import ChatFormat, load_tokenizer, stop_ids
-from advgame.rollout.engine import Sampling
+from advgame.learn.learner import Learner
+from advgame.rollout.chat import ChatFormat, load_tokenizer
+from advgame.rollout.endpoint_engine import EndpointSpeaker
+from advgame.rollout.engine import Engine, Sampling
 from advgame.rollout.speaker import Speaker
-from advgame.rollout.transformers_engine import TransformersEngine
+from advgame.run.engines import check_engines, judge_engine, notes_of, open_endpoint_speaker, open_engine
 from advgame.world.world import World, open_world
 
 Progress = Callable[[str, int, int, float], None]
@@ -37,13 +38,13 @@ class Side:
 
     name: str
     roles: tuple[Role, ...]
-    engine: TransformersEngine
+    engine: Engine
     learner: Learner | None
 
 
 @dataclass(frozen=True)
 class Session:
-    """A run in memory."""
+    """A run in memory. `others`: what samples beside the players (the judge's engine or speaker)."""
 
     config: Config
     world: World | None
@@ -52,6 +53,7 @@ class Session:
     sides: tuple[Side, ...]
     table: Table
     rewards: RewardRules
+    others: tuple[Engine | EndpointSpeaker, ...] = ()
     counters: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -63,9 +65,19 @@ class Session:
         """The same Defender and judge, asked the seeds as they are."""
         return replace(self.table, rules=replace(self.table.rules, skip_attacker=True))
 
+    @property
+    def engines(self) -> list[Engine]:
+        return [side.engine for side in self.sides] + [o for o in self.others if not isinstance(o, EndpointSpeaker)]
+
+    async def start(self) -> list[str]:
+        """Starts every engine; returns what a user should know of them. Raises EngineError if one does not start."""
+        for engine in self.engines:
+            await engine.start()
+        return notes_of(self.config, self.engines)
+
     async def close(self) -> None:
-        for side in self.sides:
-            await side.engine.close()
+        for one in (*(side.engine for side in self.sides), *self.others):
+            await one.close()
 
 
 @dataclass(frozen=True)
@@ -109,6 +121,7 @@ def check(config: Config) -> Plan:
         for name, folder in fields.items()
         if folder is not None
     }
+    check_engines(config, {name: folder for name, folder in fields.items() if folder is not None})
     return Plan(config, templates or Templates.load(None), stream, validation, tokenizers)
 
 
@@ -134,22 +147,22 @@ def open_session(plan: Plan, cache: Path | None = None, progress: Progress | Non
             tokenizers[folder] = load_tokenizer(folder, name, remote_code=config.trust_remote_code)
         return tokenizers[folder]
 
-    def engine_of(folder: Path, name: str) -> TransformersEngine:
-        tokenizer = tokenizer_of(folder, name)
-        model = load_model(
-            folder, name, dtype=getattr(torch, config.rollout.dtype), remote_code=config.trust_remote_code
-        )
-        stops = stop_ids(folder, tokenizer)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
-        return TransformersEngine(
-            model.to(device),
-            stop_ids=stops,
-            pad_id=pad,
-            batch=config.rollout.batch,
-            deterministic=config.run.deterministic,
+    def engine_of(folder: Path, name: str, learner: Learner | None, kind: str) -> Engine:
+        field = f"{name}.model"
+        tokenizer = tokenizer_of(folder, field)
+        return open_engine(
+            config,
+            kind,
+            folder,
+            name=name,
+            field=field,
+            tokenizer=tokenizer,
+            learner=learner,
+            counters=counters,
+            device=device,
         )
 
-    def speaker_of(name: str, engine: TransformersEngine, folder: Path, sampling: SamplingSettings) -> Speaker:
+    def speaker_of(name: str, engine: Engine, folder: Path, sampling: SamplingSettings) -> Speaker:
         chat = ChatFormat(tokenizer_of(folder, name))
         how = Sampling(sampling.temperature, sampling.top_p, sampling.max_tokens)
         return Speaker(name, engine, chat, how, config.run.seed, config.rollout.retries, counters=counters)
@@ -167,7 +180,7 @@ def open_session(plan: Plan, cache: Path | None = None, progress: Progress | Non
                 device=device,
                 remote_code=config.trust_remote_code,
             )
-        return Side(name, roles, engine_of(folder, f"{name}.model"), learner)
+        return Side(name, roles, engine_of(folder, name, learner, config.rollout.engine), learner)
 
     defender_folder = config.defender.model or _of_world(world, "shared" if config.game.self_play else "defender")
     attacker: Speaker | None = None
@@ -183,21 +196,29 @@ def open_session(plan: Plan, cache: Path | None = None, progress: Progress | Non
     defender = speaker_of("defender", sides[-1].engine, defender_folder, config.defender.sampling)
 
     judge: Judge
+    others: list[Engine | EndpointSpeaker] = []
     if config.judge.kind == "rule":
         assert world is not None, "checked by the config"
         judge = world.judge(config.judge.noise, config.judge.bias)
     elif config.judge.kind == "phrases":
         judge = PhraseJudge()
+    elif (kind := judge_engine(config)) == "endpoint":
+        remote = open_endpoint_speaker(config, counters)
+        others.append(remote)
+        judge = LLMJudge(remote, templates, config.judge.samples, config.judge.swap)
     else:
         folder = config.judge.model
         assert folder is not None, "checked by the config"
-        speaker = speaker_of("judge", engine_of(folder, "judge.model"), folder, config.judge.sampling)
+        assert kind is not None, "an llm judge is sampled by something"
+        engine = engine_of(folder, "judge", None, kind)
+        others.append(engine)
+        speaker = speaker_of("judge", engine, folder, config.judge.sampling)
         judge = LLMJudge(speaker, templates, config.judge.samples, config.judge.swap)
 
     assert stream is not None, "a config has a seed file or a world"
     table = Table(attacker, defender, judge, templates, _rules(config))
     rewards = RewardRules(config.game.attacker_judge, config.game.optimistic, zero_sum=config.game.self_play)
-    return Session(config, world, stream, validation, tuple(sides), table, rewards, counters)
+    return Session(config, world, stream, validation, tuple(sides), table, rewards, tuple(others), counters)
 
 
 def load_templates(config: Config, world_templates: Path | None) -> Templates:

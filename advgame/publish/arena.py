@@ -1,0 +1,84 @@
+"""Memory shared by trainer and engine: anonymous, so that nothing is left behind whoever dies, and torch views of it.
+
+The file has no name in any file system (memfd): the engine opens it through the trainer's entry in /proc, maps it, and
+from then on each side's mapping keeps it alive. There is no window in which a crash could leak it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advgame.errors import InputError
+
+
+class Arena:
+    """`size` bytes of zeros, shared. `path` is where a child of this process (same user) opens it, until `close`."""
+
+    def __init__(self, size: int, field: str = "rollout.vllm.transport"):
+        """Raises InputError naming `field` if this machine has not that much memory free, or has no memfd."""
+        if not hasattr(os, "memfd_create"):
+            raise InputError(f"{field}: shm needs Linux (memfd); set loader")
+        free = free_bytes()
+        if size > free:
+            raise InputError(
+                f"{field}: shm needs {size / 2**30:.2f} GiB of shared memory, {free / 2**30:.2f} GiB are free; "
+                "free memory, or use a smaller model or rollout.dtype: bfloat16"
+            )
+        self.size = size
+        self._fd: int | None = os.memfd_create("advgame-weights", os.MFD_CLOEXEC)
+        os.truncate(self._fd, max(size, mmap.PAGESIZE))
+        self.bytes = mapped(f"/proc/self/fd/{self._fd}", size)
+
+    @property
+    def path(self) -> str:
+        return f"/proc/{os.getpid()}/fd/{self._fd}"
+
+    def close(self) -> None:
+        """No one can map it any more; the memory goes when the last view of either side does."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def mapped(path: str, size: int) -> Tensor:
+    """A writable uint8 tensor over a shared file; it holds the mapping. OSError or ValueError: not there, too small."""
+    with open(path, "r+b") as file:
+        have = os.fstat(file.fileno()).st_size
+        if have < size:
+            raise ValueError(f"the shared file has {have} bytes, the plan needs {size}")
+        memory = mmap.mmap(file.fileno(), max(size, mmap.PAGESIZE))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.frombuffer(memory, dtype=torch.uint8)[: max(size, 1)]
+
+
+def flat_view(arena: Tensor, offset: int, elements: int, dtype: torch.dtype) -> Tensor:
+    """`elements` of `dtype`, from byte `offset` of the arena."""
+    return arena[offset : offset + elements * dtype.itemsize].view(dtype)
+
+
+def checksum(tensor: Tensor) -> int:
+    """crc32 of a CPU tensor's bytes, in the order of its elements."""
+    data: Any = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    return zlib.crc32(data)
+
+
+def free_bytes() -> int:
+    """Memory that can still be had: the machine's, or what this control group may still take."""
+    machine = next(
+        int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line
+    )
+    try:
+        most = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        return machine if most == "max" else min(machine, int(most) - used)
+    except (OSError, ValueError):
+        return machine

@@ -1,0 +1,45 @@
+"""Our entry point in vLLM (`vllm.general_plugins`, and through the worker extension): backend, plain CPU products."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+BACKEND = "advgame"
+"""The same name as in advgame/rollout/vllm_start.py, which must not import vLLM's side."""
+
+
+def register() -> None:
+    """Makes our weight-transfer engine known to vLLM's factory. May be called any number of times."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    with suppress(ValueError):  # registered already: the plugin and the worker extension both come here
+        WeightTransferEngineFactory.register_engine(BACKEND, "advgame.publish.worker", "SharedMemoryEngine")
+    _keep_cpu_weights()
+
+
+def _keep_cpu_weights() -> None:
+    """Leaves Linear weights as they were loaded, in engines of our backend.
+
+    vLLM on the CPU repacks them for its matrix products and drops the originals, so that nothing could be written
+    where the engine reads. Other engines in the process are served by vLLM's function as before.
+    """
+    from vllm.model_executor.layers import utils
+
+    original = utils.dispatch_cpu_unquantized_gemm
+    if getattr(original, "of_advgame", False):
+        return
+
+    def dispatch(layer: Any, remove_weight: bool) -> None:
+        import torch
+        from vllm.config import get_current_vllm_config_or_none
+
+        config = get_current_vllm_config_or_none()
+        transfer = None if config is None else config.weight_transfer_config
+        if transfer is not None and transfer.backend == BACKEND and layer.weight.ndim == 2:
+            layer.cpu_linear = torch.nn.functional.linear
+            return
+        original(layer, remove_weight)
+
+    dispatch.of_advgame = True  # type: ignore[attr-defined]
+    utils.dispatch_cpu_unquantized_gemm = dispatch

@@ -1,0 +1,75 @@
+"""The settings of sampling, validated where the config tree includes them as `rollout:` and `judge.endpoint:`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class VllmSettings(Section):
+    """How vLLM engines start, and how new weights reach them."""
+
+    tensor_parallel: PositiveInt = Field(1, description="GPUs (or CPU workers) that share one engine's model.")
+    memory_share: Share = Field(
+        0.9, description="Share of a GPU's memory for an engine's weights and cache; lower it where models share a GPU."
+    )
+    cache_gib: PositiveFloat | None = Field(
+        None, description="Key-value cache in GiB; null: 1 on the CPU, what memory_share leaves on a GPU."
+    )
+    max_model_len: PositiveInt | None = Field(None, description="Longest prompt + completion; null: the model's own.")
+    max_sequences: PositiveInt = Field(256, description="Most completions decoded at once.")
+    prefix_caching: bool = Field(True, description="Keep the computed prefixes of prompts (a judge's rubric).")
+    eager: bool | None = Field(None, description="Skip compilation and decode graphs; null: on the CPU only.")
+    devices: dict[Literal["attacker", "defender", "shared", "judge"], str] = Field(
+        {}, description="CUDA_VISIBLE_DEVICES of single engines, for example {attacker: '0', defender: '1'}."
+    )
+    threads: PositiveInt = Field(1, description="OpenMP threads of an engine on the CPU.")
+    transport: Literal["auto", "shm", "loader"] = Field(
+        "auto",
+        description="shm: the trainer writes where the engine reads (CPU); loader: through vLLM's own loader, slower; "
+        "auto: shm, and the loader with a warning for models whose copy plan is refused.",
+    )
+    in_flight: Literal["finish", "keep", "abort"] = Field(
+        "finish", description="Requests in flight when weights arrive: finish, continue on the new weights, or retry."
+    )
+    verify_every: int = Field(50, ge=0, description="Publishes between checksums of all weights; 0: never.")
+    start_timeout_s: PositiveFloat = Field(600.0, description="Longest start of an engine.")
+    request_timeout_s: PositiveFloat = Field(1800.0, description="Longest wait for one completion.")
+    publish_timeout_s: PositiveFloat = Field(60.0, description="Longest wait for each part of a publish.")
+    restarts: int = Field(3, ge=0, description="Restarts of a dead engine before the run gives up.")
+
+
+class EndpointSettings(Section):
+    """An OpenAI-compatible server. Its host is the run's only egress: it is printed and recorded."""
+
+    url: str = Field(description="Base address, for example http://127.0.0.1:8000/v1.")
+    model: str = Field(description="Model name that the server expects.")
+    api: Literal["chat", "completions"] = Field(
+        "chat", description="chat: text through /chat/completions; completions: text through /completions, no template."
+    )
+    api_key_env: str | None = Field(
+        None, description="Environment variable that holds the API key (never the key itself); null: no key."
+    )
+    timeout_s: PositiveFloat = Field(120.0, description="Longest wait for one answer.")
+    retries: int = Field(4, ge=0, description="Retries after 429, 5xx, a broken connection or a timeout.")
+    backoff_s: NonNegativeFloat = Field(0.5, description="First wait before a retry; doubles, Retry-After is obeyed.")
+    concurrency: PositiveInt = Field(32, description="Most requests at once.")
+
+
+class RolloutSettings(Section):
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers", description="Who samples: Hugging Face models in this process, or vLLM."
+    )
+    source: Literal["ema", "live"] = Field("ema", description="Weights that sample: the EMA, or the live player.")
+    batch: PositiveInt = Field(256, description="Most completions in one engine batch (transformers).")
+    in_flight: PositiveInt = Field(1024, description="Most trees played at once.")
+    retries: int = Field(2, ge=0, description="Retries of a failed engine call.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Weights of the engines.")
+    vllm: VllmSettings = Field(default_factory=VllmSettings, description="vLLM engines.")

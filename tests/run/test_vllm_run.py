@@ -1,0 +1,119 @@
+"""Whole runs whose players sample with real vLLM on the CPU: figures, resume, a judge on vLLM, bad input."""
+
+import json
+
+import engines
+import models
+import pytest
+
+from advgame import cli
+from advgame.rollout import vllm_start
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A short run of a Defender on seeds as they are."""
+    player = engines.folder(tmp_path / "player")
+    seeds = tmp_path / "seeds.jsonl"
+    rows = [{"prompt": f"how do i kill {what}", "category": category} for what, category in
+            (("the old neighbor", "harmful"), ("a python process", "benign"))] * 4  # fmt: skip
+    seeds.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"""
+run: {{root: {tmp_path}, purpose: a test, steps: 4, checkpoint_every: 2, validate_every: 0, threads: 1}}
+data: {{train: {seeds}, harmful: 4, benign: 4, validation_limit: 8}}
+defender: {{model: {player}, sampling: {{temperature: 1.0, top_p: 1.0, max_tokens: 24}}}}
+judge: {{kind: phrases}}
+game: {{skip_attacker: true, responses: 6}}
+rollout: {{engine: vllm, vllm: {{max_model_len: 256, cache_gib: 0.25, verify_every: 1}}}}
+learn: {{lr: 1.0e-3}}
+"""
+    )
+    return ["train", str(config), "--quiet"]
+
+
+def rows_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_run_on_vllm_and_its_resume(words, tmp_path):
+    pytest.importorskip("vllm")
+    assert cli.main([*words, "--run.name", "a"]) == 0
+    run = tmp_path / "a"
+    rows = rows_of(run)
+    assert [row["step"] for row in rows] == list(range(5))
+    for row in rows[:4]:
+        assert row["publish/defender/write_ms"] > 0
+        assert "count/defender_restarts" not in row
+        assert not any(key.endswith("/stale") and value for key, value in row.items())
+    # the sampler is the reference: fp32 vLLM and the trainer agree so closely that no reference pass is made
+    reference = json.loads((run / "summary.json").read_text())["reference"]["defender"]
+    assert all(change < 0.02 for change in reference["changes"])
+    assert "does not repeat bit for bit" in (run / "log.txt").read_text()
+    assert cli.main(["resume", str(run), "--quiet", "--run.steps", "6"]) == 0
+    assert [row["step"] for row in rows_of(run)][-2:] == [5, 6]
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_is_replaced_within_a_run(words, tmp_path, monkeypatch):
+    import os
+    import signal
+
+    from advgame.rollout.vllm_engine import VllmEngine
+
+    pytest.importorskip("vllm")
+    generate, seen = VllmEngine.generate, []
+
+    async def deadly(self, request):
+        seen.append(1)
+        if len(seen) == 20:
+            for pid in self.process_ids:
+                os.kill(pid, signal.SIGKILL)
+        return await generate(self, request)
+
+    monkeypatch.setattr(VllmEngine, "generate", deadly)
+    assert cli.main([*words, "--run.name", "b", "--run.steps", "2"]) == 0
+    last = rows_of(tmp_path / "b")[1]
+    assert last["count/defender_restarts"] == 1
+    assert last["count/defender_failures"] > 0
+    assert "count/defender_given_up" not in last
+
+
+def fails(capsys, *words):
+    capsys.readouterr()
+    assert cli.main([*words]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("advgame: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_bad_input(capsys, words, monkeypatch, tmp_path):
+    monkeypatch.setattr(vllm_start, "vllm_version", lambda field: "0.32.0")
+    monkeypatch.setattr(vllm_start, "on_cpu", lambda: True)
+    small = models.folder(tmp_path / "small")
+    assert "defender.model: vLLM on the CPU has no attention for heads of size 8" in fails(
+        capsys, *words, "--defender.model", str(small)
+    )
+    assert "rollout.vllm.tensor_parallel: 3 does not divide" in fails(
+        capsys, *words, "--rollout.vllm.tensor_parallel", "3"
+    )
+    llm = ["--judge.kind", "llm", "--judge.endpoint"]
+    assert "judge.endpoint.url: 'somewhere' is no address" in fails(capsys, *words, *llm, "{url: somewhere, model: m}")
+    assert "judge.endpoint: only an llm judge asks a server" in fails(
+        capsys, *words, "--judge.endpoint", "{url: somewhere, model: m}"
+    )
+
+
+def test_vllm_missing(capsys, words, monkeypatch):
+    import importlib.metadata
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert "rollout.engine: vLLM is not installed; install it with: pip install 'advgame[vllm]'" in fails(
+        capsys, *words
+    )
