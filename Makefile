@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train train3 test test-fast lint bench clean
+.PHONY: train train3 test test-fast test-vllm lint bench bench-gpu clean
 
 train: $(VENV)/.train
 	$(BIN)/advgame train configs/tiny.yaml
@@ -17,12 +17,20 @@ test: $(VENV)/.dev lint
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow"
 
+# The tests that need real vLLM, on the CPU: 3.4 GB more, about 10 minutes.
+test-vllm: $(VENV)/.vllm
+	$(BIN)/python -m pytest tests/publish tests/rollout tests/run/test_vllm_run.py
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench kernels
+
+# On a machine whose own Python has torch with CUDA and triton: correctness on the card, then every kernel benchmark.
+bench-gpu:
+	PYTHONPATH=.:kernels python3 -m bench kernels --device cuda --check --out bench/results
 
 SETUP := pyproject.toml setup.py constraints.txt scripts/setup.sh $(wildcard csrc/*)
 
@@ -33,6 +41,10 @@ $(VENV)/.train: $(SETUP)
 $(VENV)/.dev: $(SETUP)
 	scripts/setup.sh $(VENV) dev
 	@touch $@ $(VENV)/.train
+
+$(VENV)/.vllm: $(VENV)/.dev scripts/setup-vllm.sh
+	scripts/setup-vllm.sh $(VENV)
+	@touch $@
 
 clean:
 	rm -rf build dist *.egg-info kernels/*.egg-info kernels/advgame_kernels/*.so

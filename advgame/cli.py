@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 from advgame import __version__
 from advgame.game.dataset import add_data_arguments
@@ -15,8 +16,18 @@ MISSING = {
 }  # fmt: skip
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Complains in one line, like the rest of the tool, and takes no abbreviated options for overrides."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"advgame: {message}; see {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="advgame", description="Trains an Attacker and a Defender against each other with preference losses."
     )
     parser.add_argument("--version", action="version", version=f"advgame {__version__}")
@@ -63,6 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `advgame config --fields | head`
         sys.stderr.close()
         return 0
+    except KeyboardInterrupt:
+        return _fail("stopped", 130)
     except ModuleNotFoundError as error:
         name = (error.name or "").split(".")[0]
         if name not in MISSING:
@@ -72,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     from advgame.errors import InputError
+    from advgame.rollout.engine import EngineError
 
     arguments, overrides = build_parser().parse_known_args(argv)
     try:
@@ -80,11 +94,21 @@ def _main(argv: list[str]) -> int:
         return COMMANDS[arguments.command](arguments, overrides)
     except InputError as error:
         return _fail(str(error))
+    except EngineError as error:
+        return _fail(str(error), 1)
+    except BaseExceptionGroup as group:  # a tree's failure, in the wrapping of the task group that played it
+        known = group.subgroup((InputError, EngineError))
+        if known is None:
+            raise
+        first: BaseException = known
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        return _fail(str(first), 2 if isinstance(first, InputError) else 1)
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = 2) -> int:
     print(f"advgame: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return code
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -108,6 +132,8 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         if seeded.world is not None:
             seeded.world.seed += offset
         folders.append(run_train(seeded, quiet=arguments.quiet))
+        if not (folders[-1] / "summary.json").is_file():
+            break  # stopped by Ctrl-C
     finished = [folder for folder in folders if (folder / "summary.json").is_file()]
     if len(finished) > 1:
         summarise_seeds(finished, Console(quiet=arguments.quiet))

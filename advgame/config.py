@@ -24,12 +24,12 @@ class RunSettings(Section):
     seed: int = Field(0, ge=0, description="Seeds data order and every sampling stream.")
     steps: PositiveInt = Field(1000, description="Game steps.")
     deterministic: bool = Field(True, description="Form engine batches by tree index: runs repeat bit for bit.")
-    validate_every: int = Field(25, ge=0, description="Steps between validations (also at start and end); 0: never.")
+    validate_every: int = Field(25, ge=0, description="Steps between validations; 0: at start and end only.")
     exact_every: int = Field(0, ge=0, description="World only: steps between exact worst-case evaluations; 0: ends.")
     checkpoint_every: int = Field(50, ge=0, description="Steps between checkpoints (also at the end); 0: end only.")
     keep_checkpoints: PositiveInt = Field(2, description="How many of the newest checkpoints stay on disk.")
     tensorboard: bool = Field(True, description="Write TensorBoard event files into the run folder.")
-    wandb: bool = Field(False, description="Log to Weights & Biases (needs the extra `wandb`; the only egress).")
+    wandb: bool = Field(False, description="Log to Weights & Biases (needs the extra `wandb`; sends metrics there).")
     wandb_project: str = Field("advgame", description="Weights & Biases project.")
     threads: PositiveInt | None = Field(None, description="torch CPU threads; null: torch's default.")
     purpose: str = Field(
@@ -41,7 +41,7 @@ class DataSettings(Section):
     train: Path | None = Field(None, description="Seed file (JSONL, JSON, CSV, TSV, Parquet); null: the world's seeds.")
     validation: list[Path] = Field([], description="Held-out seed files, sent straight to the Defender.")
     columns: dict[str, str] = Field(
-        {}, description="Where `text` and `category` stand in the seed files, if elsewhere."
+        {}, description="Which columns of the seed files hold `prompt` and `category`, if others."
     )
     category: Literal["harmful", "benign"] | None = Field(None, description="Category of a file without one.")
     harmful: int = Field(32, ge=0, description="Harmful seeds a step.")
@@ -208,6 +208,8 @@ def _scalar(text: str) -> Any:
     if not text.strip():
         return text
     value = yaml.safe_load(text)
+    if isinstance(value, dict) and not text.lstrip().startswith("{"):
+        return text  # prose with a colon, not a mapping
     if isinstance(value, str):
         try:
             return float(value)  # YAML 1.1 reads 1e-4 as a string
@@ -311,10 +313,10 @@ def _objective(c: Config) -> str | None:
         return "learn.nll_weight: an NLL on the chosen needs pairs; set learn.objective to dpo or ipo, or it to 0"
     if not pairs and c.learn.length_normalised:
         return "learn.length_normalised: for dpo and ipo only (grpo: learn.aggregate: token)"
-    if pairs and min(c.game.attacks, c.game.responses) < 2 and not c.game.skip_attacker:
-        return "game.attacks, game.responses: a preference pair needs at least 2 of each"
-    if pairs and c.game.responses < 2:
-        return "game.responses: a preference pair needs at least 2"
+    if pairs and c.game.responses < 2 and not c.defender.frozen:
+        return "game.responses: the Defender's preference pairs need at least 2"
+    if pairs and c.game.attacks < 2 and not (c.attacker.frozen or c.game.skip_attacker):
+        return "game.attacks: the Attacker's preference pairs need at least 2"
     return None
 
 

@@ -82,7 +82,7 @@ BAD_TREES = {
     ),
     "frozen reference off-policy": (with_(learn={"reference": "initial"}), "learn.reference: initial is for on-policy"),
     "nll without pairs": (with_(learn={"objective": "grpo", "nll_weight": 0.1}), "learn.nll_weight: an NLL"),
-    "pairs of one": (with_(game={"responses": 1}), "game.attacks, game.responses: a preference pair needs"),
+    "pairs of one": (with_(game={"responses": 1}), "game.responses: the Defender's preference pairs need"),
     "nobody learns": (
         with_(attacker={"frozen": True}, defender={"frozen": True}),
         "attacker.frozen, defender.frozen: nobody would learn",
@@ -93,6 +93,7 @@ BAD_TREES = {
     ),
     "self-play with pairs": (with_(game={"self_play": True}), "game.self_play: Self-RedTeam needs"),
     "off-policy reinforce": (with_(learn={"objective": "reinforce"}), "learn.objective: reinforce is on-policy"),
+    "not finite": ({"learn": {"lr": float("inf")}}, "learn.lr: input should be a finite number"),
     "no seeds": (with_(data={"train": "x", "harmful": 0, "benign": 0}), "data.harmful, data.benign: a step needs"),
 }
 
@@ -105,6 +106,16 @@ def test_bad_settings_are_one_line_with_the_fields_path(case):
     text = str(caught.value)
     assert text.startswith(f"my.yaml: {message}")
     assert "\n" not in text
+
+
+def test_a_player_that_does_not_learn_needs_no_pairs():
+    build_config(with_(attacker={"frozen": True}, game={"attacks": 1}), "x")
+    build_config(with_(defender={"frozen": True}, game={"responses": 1}), "x")
+
+
+def test_text_stays_text():
+    config = load_config(TINY, ["--run.purpose", "hardening: our bot", "--run.name", "2024"])
+    assert (config.run.purpose, config.run.name) == ("hardening: our bot", "2024")
 
 
 def test_a_pointwise_judge_with_pairwise_templates(tmp_path):

@@ -81,7 +81,8 @@ def representative(attack: Attack, optimistic: bool) -> int | None:
 
 
 def _zero_sum_reward(rewards: Sequence[float | None]) -> float | None:
-    known = [_centred(reward) for reward in rewards if reward is not None]
+    # the negative of the safety outcome: making the Defender run past its limit is no success
+    known = [_centred(reward) for reward in rewards if reward is not None and reward != FAILED]
     return -sum(known) / len(known) if known else None
 
 

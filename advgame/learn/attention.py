@@ -70,7 +70,7 @@ def packed_attention(
         )
     else:
         out = _eager(q, k, v, scaling, window, softcap)
-    flat = out.transpose(1, 2).reshape(sequences * longest, q.shape[1], q.shape[3])
+    flat = out.transpose(1, 2).reshape(sequences * longest, q.shape[1], v.shape[3])
     return flat[layout.gather].unsqueeze(0), None
 
 
@@ -90,12 +90,28 @@ AttentionInterface.register(NAME, packed_attention)
 
 
 def use_packed_attention(model: PreTrainedModel, field: str) -> None:
-    """Switches `model` to packed attention. InputError if its architecture has no attention interface."""
+    """Switches `model` to packed attention, after a trial on three short sequences.
+
+    InputError if its architecture has no attention interface, or if packed sequences do not compute what each
+    computes alone: attention sinks, convolutions and other state across tokens would leak or be lost in silence.
+    """
+    refusal = f"{field}: {type(model).__name__} cannot be trained on packed sequences"
     if not getattr(model, "_supports_attention_backend", False):
-        raise InputError(
-            f"{field}: {type(model).__name__} does not take an attention backend; use a newer architecture"
-        )
-    model.set_attn_implementation(NAME)
+        raise InputError(f"{refusal}: it does not take an attention backend; use another architecture")
+    device = model.device
+    lengths, vocabulary = (5, 9, 3), model.config.get_text_config().vocab_size
+    ids = [(torch.arange(n, device=device) * 7 + n) % vocabulary for n in lengths]
+    try:
+        with torch.no_grad():
+            alone = torch.cat([model.get_decoder()(input_ids=i.unsqueeze(0)).last_hidden_state[0] for i in ids])
+            model.set_attn_implementation(NAME)
+            positions = torch.cat([torch.arange(n, device=device) for n in lengths])
+            packed = packed_hidden(model, torch.cat(ids).unsqueeze(0), positions.unsqueeze(0), (0, 5, 14, 17))
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise InputError(f"{refusal}: {type(error).__name__}: {error}") from error
+    gap = float((packed - alone).abs().max() / alone.abs().max())
+    if not gap < 1e-3:
+        raise InputError(f"{refusal}: they differ by {gap:.1e} of their size from each sequence alone")
 
 
 def packed_hidden(

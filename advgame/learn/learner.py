@@ -59,7 +59,9 @@ class Learner:
     ):
         self.settings = settings
         self.tokenizer = tokenizer
-        self.model: PreTrainedModel = load_model(folder, field, remote_code=remote_code).to(device).train()
+        self.model: PreTrainedModel = load_model(folder, field, remote_code=remote_code).to(device)
+        # eval: dropout would differ between policy and reference pass, and draw from a stream no checkpoint holds
+        self.model.eval()
         use_packed_attention(self.model, field)
         self._head_checked(field)
         self.parameters = dict(self.model.named_parameters())
@@ -229,8 +231,11 @@ def load_model(
     transformers_logging.disable_progress_bar()  # it would draw over the live view
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", trust_remote_code=remote_code, local_files_only=True
+            folder, dtype=dtype, trust_remote_code=remote_code, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{field}: no weights load from {folder}: {str(error).strip().splitlines()[0]}") from error
+    sampling = model.generation_config
+    if sampling is not None and not sampling.do_sample and (sampling.temperature or sampling.top_p or sampling.top_k):
+        sampling.do_sample = True  # else transformers refuses to save the folder again
     return model

@@ -49,6 +49,8 @@ class ReferenceChoice:
         return {"decided": self.decided, "changes": self.changes}
 
     def restore(self, state: Mapping[str, object]) -> None:
+        if self.decided is not None:  # the settings say it
+            return
         decided, changes = state["decided"], state["changes"]
         assert decided is None or isinstance(decided, str)
         assert isinstance(changes, list)

@@ -27,7 +27,9 @@ class ChatFormat:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self._special = tuple(token for token in tokenizer.all_special_tokens if len(token) > 1)
+        added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        spellings = {token for token in added | set(tokenizer.all_special_tokens) if len(token) > 1}
+        self._special = tuple(sorted(spellings, key=lambda token: (-len(token), token)))
 
     def prompt_ids(self, user: str) -> tuple[int, ...]:
         for token in self._special:
@@ -63,6 +65,10 @@ def load_tokenizer(folder: Path, field: str, *, remote_code: bool = False) -> Pr
         raise InputError(f"{field}: the tokenizer in {folder} has no chat template; add chat_template.jinja")
     if tokenizer.eos_token_id is None:
         raise InputError(f"{field}: the tokenizer in {folder} has no eos_token, so no completion could ever end")
+    try:
+        ChatFormat(tokenizer).prompt_ids("hello")
+    except Exception as error:  # a template is a program of its folder's; whatever it raises is its failure
+        raise InputError(f"{field}: the chat template in {folder} does not render: {first_line(error)}") from error
     rows = config.get_text_config().vocab_size
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:

@@ -10,7 +10,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 class VllmSettings(Section):
@@ -47,7 +47,7 @@ class VllmSettings(Section):
 
 
 class EndpointSettings(Section):
-    """An OpenAI-compatible server. Its host is the run's only egress: it is printed and recorded."""
+    """An OpenAI-compatible server. Its host is printed and recorded."""
 
     url: str = Field(description="Base address, for example http://127.0.0.1:8000/v1.")
     model: str = Field(description="Model name that the server expects.")

@@ -43,6 +43,7 @@ class Speaker:
     retries: int = 2
     backoff_s: float = 0.0
     counters: Counter[str] = field(default_factory=Counter)
+    last_error: str = ""
 
     async def ask(self, user: str, key: tuple[int, ...], sampling: Sampling | None = None) -> tuple[Sample | None, str]:
         """(what was sampled, its text); (None, "") when the engine failed `retries + 1` times."""
@@ -52,7 +53,8 @@ class Speaker:
             self.counters[f"{self.name}_requests"] += 1
             try:
                 sample = await self.engine.generate(request)
-            except EngineError:
+            except EngineError as error:
+                self.last_error = str(error)
                 self.counters[f"{self.name}_failures"] += 1
                 await asyncio.sleep(self.backoff_s * 2**attempt)
                 continue

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from advgame.game.tree import Sample
 from advgame.rollout.engine import EngineError, Request
 
-QUIET_SPINS = 8
+QUIET_SPINS = 24
 """Event-loop turns without a new request after which a batch is complete: the longest chain of coroutines
 between an answer and the next request is shorter (gather -> judge -> gather)."""
 
@@ -42,6 +42,8 @@ class TransformersEngine:
         version: int = 0,
     ):
         self.model = model.eval().requires_grad_(False)
+        # the folder's own generation_config (penalties, top-k) would shape the scores that log-probs are read from
+        self.model.generation_config = GenerationConfig(eos_token_id=list(stop_ids), pad_token_id=pad_id)
         self._stop_ids = tuple(stop_ids)
         self._pad_id = pad_id
         self._batch = batch
@@ -107,10 +109,13 @@ class TransformersEngine:
                 samples = self._sample(requests)
             else:
                 samples = await asyncio.to_thread(self._sample, requests)
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:
+            # RuntimeError covers memory and shapes, which a retry in another batch may survive; others are bugs, and
+            # whoever waits must hear of them
+            known = isinstance(error, RuntimeError | ValueError)
             for _, future in batch:
                 if not future.done():
-                    future.set_exception(EngineError(f"{type(error).__name__}: {error}"))
+                    future.set_exception(EngineError(f"{type(error).__name__}: {error}") if known else error)
             return
         for (_, future), sample in zip(batch, samples, strict=True):
             if not future.done():
@@ -127,7 +132,6 @@ class TransformersEngine:
             mask[row, width - len(request.prompt_ids) :] = 1
         longest = max(r.sampling.max_tokens for r in requests)
         sampler = RowSampler(requests, longest, device)
-        # the model's own generation_config (its top-k, penalties) must not shape what log-probs are read from
         settings = GenerationConfig(
             max_new_tokens=longest,
             do_sample=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -63,7 +64,12 @@ def run_train(config: Config, *, quiet: bool = False) -> Path:
     purpose = stated_purpose(config)
     plan = check(config)
     with RunFolder.create(config.run.root, config.run.name, dump_config(config), purpose=purpose) as folder:
-        _play(config, folder, None, quiet=quiet, plan=plan)
+        try:
+            _play(config, folder, None, quiet=quiet, plan=plan)
+        except (KeyboardInterrupt, InputError):
+            if not any(folder.trees.iterdir()):
+                shutil.rmtree(folder.path)  # nothing was played: nothing to resume
+            raise
         return folder.path
 
 
@@ -107,6 +113,8 @@ def _restore(session: Session, checkpoint: Path) -> Progress:
     for name, learner in session.learners.items():
         learner.updates = loaded.updates[name]
         learner.reference.restore(loaded.extra["reference"][name])
+        for group in learner.optimizer.param_groups:
+            group["betas"], group["weight_decay"] = learner.settings.betas, learner.settings.weight_decay
     progress = Progress(loaded.step, loaded.extra)
     session.counters.update(progress.counters)
     return progress

@@ -14,7 +14,9 @@ from typing import Any
 from advgame.game.pairs import Role, groups_of, pairs_of
 from advgame.game.play import play_batch
 from advgame.game.rewards import TreeRewards, tree_rewards
-from advgame.game.tree import Category, Tree
+from advgame.game.tree import Attack, Category, Outcome, Response, Tree
+from advgame.rollout.engine import EngineError
+from advgame.rollout.speaker import Speaker
 from advgame.rollout.vllm_engine import VllmEngine
 from advgame.run import names
 from advgame.run.checkpoint import PlayerState, TrainState, save_checkpoint
@@ -90,10 +92,13 @@ async def train(
                 measured = await validate(session, step)
             if step and run.exact_every and step % run.exact_every == 0:
                 measured |= exact(session)
+        if interrupted():
+            break
         with clock.stage("play"):
             trees = await play_batch(
                 session.table, session.seeds.batch(step), step, in_flight=session.config.rollout.in_flight
             )
+        check_answered(session, trees, step)
         rewards = [tree_rewards(tree, session.rewards) for tree in trees]
         with clock.stage("learn"):
             learned = learn(session, list(zip(trees, rewards, strict=True)), step)
@@ -120,6 +125,17 @@ async def train(
     after = await measure(session, progress.step)
     log(progress.step, after)
     return after
+
+
+def check_answered(session: Session, trees: Sequence[Tree], step: int) -> None:
+    """Raises EngineError with the engine's own words when every request of a player failed in this step."""
+    attacks = [attack for tree in trees for attack in tree.attacks if not attack.direct]
+    responses = [r for tree in trees for attack in tree.attacks for r in attack.responses]
+    players: list[tuple[Speaker | None, Sequence[Attack | Response]]]
+    players = [(session.table.attacker, attacks), (session.table.defender, responses)]
+    for speaker, made in players:
+        if speaker is not None and made and all(one.outcome is Outcome.ENGINE_FAILED for one in made):
+            raise EngineError(f"step {step}: every request to the {speaker.name} failed: {speaker.last_error}")
 
 
 async def measure(session: Session, step: int) -> dict[str, float]:
@@ -153,8 +169,12 @@ def update(side: Side, part: Scored, session: Session, progress: float) -> dict[
     if settings.objective in ("dpo", "ipo"):
         return side.learner.update_pairs([pair for role in side.roles for pair in pairs_of(role, part)], progress)
     across, shared = settings.baseline == "across_seeds", session.config.game.self_play
+    # the two categories' rewards come from different rubrics: a baseline never spans both
     groups = [
-        group for role in side.roles for group in groups_of(role, part, across_seeds=across, learn_from_failed=shared)
+        group
+        for one in by_category(part)
+        for role in side.roles
+        for group in groups_of(role, one, across_seeds=across, learn_from_failed=shared)
     ]
     return side.learner.update_groups(groups, progress)
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from advgame.config import Config, PlayerSettings, SamplingSettings
+from advgame.errors import InputError
 from advgame.game.judge import Judge
 from advgame.game.llm_judge import LLMJudge
 from advgame.game.pairs import Role
@@ -107,6 +108,9 @@ def check(config: Config) -> Plan:
             config.data.harmful,
             config.data.benign,
         )
+    stems = [path.stem for path in config.data.validation]
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise InputError(f"data.validation: two files are called {twice[0]!r}; metrics go by that name, rename one")
     validation = {
         path.stem: _head(SeedFile(path, config.data.columns, config.data.category), config.data.validation_limit)
         for path in config.data.validation
@@ -121,8 +125,22 @@ def check(config: Config) -> Plan:
         for name, folder in fields.items()
         if folder is not None
     }
+    for name, folder in fields.items():
+        if folder is not None:
+            check_length(folder, name, getattr(config, name.split(".")[0]).sampling.max_tokens)
     check_engines(config, {name: folder for name, folder in fields.items() if folder is not None})
     return Plan(config, templates or Templates.load(None), stream, validation, tokenizers)
+
+
+def check_length(folder: Path, field: str, max_tokens: int) -> None:
+    """Raises InputError when completions alone would fill all of a model's positions."""
+    positions = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+    if positions is not None and max_tokens >= positions:
+        player = field.split(".")[0]
+        raise InputError(
+            f"{player}.sampling.max_tokens: {max_tokens} leaves no room for a prompt in the {positions} positions of "
+            f"{folder}; lower it"
+        )
 
 
 def open_session(plan: Plan, cache: Path | None = None, progress: Progress | None = None) -> Session:

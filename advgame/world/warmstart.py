@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from advgame.errors import InputError
 from advgame.world import grammar, lexicon, recipes, tokenizer, training
 from advgame.world.settings import WorldSettings
 from advgame.world.training import PlayerRole
@@ -57,7 +58,12 @@ def ensure_players(
     folders = {role: player_folder(settings, role, cache) for role in roles}
     missing = [role for role in roles if not (folders[role] / "config.json").is_file()]
     if missing:
-        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{cache}: cannot hold players ({error.strerror}); set ADVGAME_CACHE to a folder"
+            ) from error
         with tempfile.TemporaryDirectory(prefix=".making-", dir=cache) as work:
             _train_all(settings, missing, Path(work), progress)
             for role in missing:

@@ -121,6 +121,51 @@ def test_unwritable_run_folder(capsys, good):
     assert "choose another root for runs" in fails(capsys, good / "config.yaml")
 
 
+def test_completions_longer_than_the_models_positions(capsys, good):
+    err = fails(capsys, good / "config.yaml", "--defender.sampling.max_tokens", "5000")
+    assert "defender.sampling.max_tokens: 5000 leaves no room" in err
+
+
+def test_a_template_that_does_not_render(capsys, good):
+    (good / "player" / "chat_template.jinja").write_text("{{ raise_exception('no system role') }}")
+    assert "does not render: no system role" in fails(capsys, good / "config.yaml")
+
+
+def test_validation_files_of_one_name(capsys, good):
+    files = [good / name / "held.jsonl" for name in ("a", "b")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text((good / "seeds.jsonl").read_text())
+    err = fails(capsys, good / "config.yaml", "--data.validation", f"[{files[0]}, {files[1]}]")
+    assert "two files are called 'held'" in err
+
+
+def test_the_command_line_itself(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["train", "x.yaml", "--seeds", "two"])
+    assert left.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.loads
+def test_a_model_that_cannot_be_packed(capsys, good):
+    folder = models.folder(good / "sinks", "gpt_oss")
+    assert "cannot be trained on packed sequences" in fails(capsys, good / "config.yaml", "--defender.model", folder)
+
+
+@pytest.mark.loads
+def test_an_engine_that_answers_nothing_stops_the_run(capsys, good):
+    """Prompts that leave no room for the completion, which no check beforehand can know."""
+    long = {"prompt": "how " * 4090, "category": "benign"}
+    rows = [long, long | {"category": "harmful"}]
+    (good / "seeds.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    words = ["--game.skip_attacker", "true", "--game.responses", "2", "--data.validation_limit", "1"]
+    assert cli.main(["train", str(good / "config.yaml"), "--quiet", *words]) == 1
+    err = capsys.readouterr().err
+    assert "every request to the defender failed" in err
+    assert "4096 positions" in err
+
+
 def test_no_purpose(capsys, good, monkeypatch):
     monkeypatch.setattr("sys.stdin", open("/dev/null"))  # noqa: SIM115
     assert "run.purpose: say what" in fails(capsys, good / "config.yaml", "--run.purpose", "")

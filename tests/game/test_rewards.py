@@ -117,6 +117,15 @@ def test_zero_sum_mirrors_the_defender_and_penalises_formatting():
     assert rewards.attacks == (-0.5, -1.0)
 
 
+def test_zero_sum_does_not_pay_for_a_defender_that_failed_to_answer():
+    rules = RewardRules(zero_sum=True)
+    cut = attack(response(1, finish="length"), response(2), verdicts=(pair(1, 1, 10, 10),))
+    lost = attack(response(1, finish="length"), response(2, answer=None))
+    rewards = tree_rewards(tree(cut, lost), rules)
+    assert rewards.attacks == (-1.0, None)
+    assert rewards.responses == ((-1.0, 1.0), (-1.0, -1.0))
+
+
 def test_direct_seeds_reward_the_defender_only():
     direct = Attack(None, "seed", "seed", True, GOOD, SCORED, direct=True)
     rewards = tree_rewards(tree(direct), RULES)

@@ -39,6 +39,22 @@ def test_logprobs_are_the_untempered_ones_of_a_plain_forward():
         torch.testing.assert_close(torch.tensor(sample.logprobs), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_folders_generation_config_does_not_shape_sampling():
+    plain, penalised = models.model(seed=1), models.model(seed=1)
+    penalised.generation_config.repetition_penalty = 1.7
+    penalised.generation_config.top_k = 3
+    requests = [request(p, i) for i, p in enumerate(PROMPTS)]
+    assert play(engine(plain), requests) == play(engine(penalised), requests)
+
+
+def test_any_failure_reaches_whoever_waits(monkeypatch):
+    made = engine()
+    for error, expected in ((TypeError("a bug"), TypeError), (RuntimeError("memory"), EngineError)):
+        monkeypatch.setattr(made, "_sample", lambda requests, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(expected):
+            play(made, [request(PROMPTS[0], 0)])
+
+
 def test_a_completion_does_not_depend_on_its_neighbours():
     model = models.model()
     requests = [request(p, i) for i, p in enumerate(PROMPTS)]

@@ -78,9 +78,7 @@ def test_each_request_has_its_own_limit_and_reason(runner, engine):
     ids=["too long", "too long with its answer", "empty", "unknown id"],
 )
 def test_what_cannot_be_served_is_an_engine_error_and_hurts_nobody(runner, engine, prompt, most, says):
-    bad, good = engines.play(
-        runner, engine, [engines.request(prompt, max_tokens=most), engines.request(PROMPTS[0], 1)]
-    )
+    bad, good = engines.play(runner, engine, [engines.request(prompt, max_tokens=most), engines.request(PROMPTS[0], 1)])
     assert isinstance(bad, EngineError)
     assert not isinstance(bad, EngineDied)
     assert says in str(bad)

