@@ -150,7 +150,7 @@ def _resume(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _config(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from advgame.config import Config, describe_fields, dump_config, load_config, parse_overrides
+    from advgame.config import Config, describe_fields, dump_config, load_config
     from advgame.errors import InputError
 
     if arguments.fields:
@@ -158,8 +158,6 @@ def _config(arguments: argparse.Namespace, overrides: list[str]) -> int:
             print(f"{name} = {default}\n    {meaning}")
         return 0
     if arguments.config is None:
-        if parse_overrides(overrides):
-            raise InputError("give a config file to override")
         raise InputError("give a config file, for example: advgame config configs/tiny.yaml --show")
     print(dump_config(load_config(arguments.config, overrides)), end="")
     return 0

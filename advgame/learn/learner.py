@@ -34,6 +34,7 @@ from advgame.learn.objective import (
 )
 from advgame.learn.packing import PackedBatch, micro_batches, pack
 from advgame.learn.reference import ReferenceChoice, snapshot, weights_of
+from advgame.rollout.chat import first_line
 
 Metrics = dict[str, float]
 
@@ -234,7 +235,7 @@ def load_model(
             folder, dtype=dtype, trust_remote_code=remote_code, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{field}: no weights load from {folder}: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"{field}: no weights load from {folder}: {first_line(error)}") from error
     sampling = model.generation_config
     if sampling is not None and not sampling.do_sample and (sampling.temperature or sampling.top_p or sampling.top_k):
         sampling.do_sample = True  # else transformers refuses to save the folder again

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import statistics
 import sys
@@ -24,7 +23,7 @@ from advgame.run.live import LiveView, Stage
 from advgame.run.loop import Progress, state_of, train
 from advgame.run.malloc import keep_freed_memory
 from advgame.run.recorder import Recorder
-from advgame.run.session import Session, check, open_session
+from advgame.run.session import Plan, Session, check, open_session
 from advgame.run.summary import LABELS, write_summary
 from advgame.run.trackers import make_trackers
 
@@ -37,11 +36,6 @@ SUMMARY_NAMES = {
     names.HELDOUT_EXPLOITABILITY: "heldout_exploitability",
     names.GIBBERISH: "gibberish",
 }
-
-
-def cache_folder() -> Path:
-    """Where warm-started players are kept between runs: $ADVGAME_CACHE, else ~/.cache/advgame."""
-    return Path(os.environ.get("ADVGAME_CACHE") or Path.home() / ".cache" / "advgame")
 
 
 def stated_purpose(config: Config) -> str:
@@ -89,7 +83,7 @@ def run_resume(path: Path, overrides: list[str], *, quiet: bool = False) -> Path
         return folder.path
 
 
-def _play(config: Config, folder: RunFolder, checkpoint: Path | None, *, quiet: bool, plan: Any) -> None:
+def _play(config: Config, folder: RunFolder, checkpoint: Path | None, *, quiet: bool, plan: Plan) -> None:
     """The run in its folder, from `checkpoint` if there is one."""
     keep_freed_memory()
     parts = {"attacker": config.world.warm_steps, "defender": config.world.warm_steps} if config.world else {}
@@ -100,7 +94,7 @@ def _play(config: Config, folder: RunFolder, checkpoint: Path | None, *, quiet: 
         def progress(role: str, step: int, _steps: int, loss: float) -> None:
             stage.update(role, step, loss=loss)
 
-        session = open_session(plan, cache_folder(), progress)
+        session = open_session(plan, progress=progress)
     progress_of_run = Progress()
     if checkpoint is not None:
         progress_of_run = _restore(session, checkpoint)

@@ -95,9 +95,7 @@ class Plan:
 def check(config: Config) -> Plan:
     """Reads templates, seed files and tokenizers; loads no weights. Raises InputError at the first problem."""
     game = config.game
-    templates = load_templates(config, None) if config.world is None else None
-    if templates is None and game.templates is not None:
-        templates = Templates.load(game.templates, reasoning=game.reasoning, defender_reasoning=game.defender_reasoning)
+    templates = load_templates(config, None)  # a world's own take their place once it is open
     stream = None
     if config.data.train is not None:
         train = [SeedFile(config.data.train, config.data.columns, config.data.category)]
@@ -127,16 +125,17 @@ def check(config: Config) -> Plan:
     }
     for name, folder in fields.items():
         if folder is not None:
-            check_length(folder, name, getattr(config, name.split(".")[0]).sampling.max_tokens)
+            check_length(config, folder, name.split(".")[0])
     check_engines(config, {name: folder for name, folder in fields.items() if folder is not None})
-    return Plan(config, templates or Templates.load(None), stream, validation, tokenizers)
+    return Plan(config, templates, stream, validation, tokenizers)
 
 
-def check_length(folder: Path, field: str, max_tokens: int) -> None:
+def check_length(config: Config, folder: Path, player: str) -> None:
     """Raises InputError when completions alone would fill all of a model's positions."""
-    positions = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+    max_tokens = getattr(config, player).sampling.max_tokens
+    model = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    positions = getattr(model.get_text_config(), "max_position_embeddings", None)
     if positions is not None and max_tokens >= positions:
-        player = field.split(".")[0]
         raise InputError(
             f"{player}.sampling.max_tokens: {max_tokens} leaves no room for a prompt in the {positions} positions of "
             f"{folder}; lower it"
