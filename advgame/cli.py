@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from advgame import __version__
 from advgame.game.dataset import add_data_arguments
+from advgame.plan.arguments import add_plan_arguments
 
 MISSING = {
     "pydantic": "train", "yaml": "train", "transformers": "train", "rich": "train", "tensorboard": "train",
@@ -53,6 +54,13 @@ def build_parser() -> argparse.ArgumentParser:
     config.add_argument("--fields", action="store_true", help="print every field with its default and meaning")
 
     add_data_arguments(commands.add_parser("data", help="describe, clean and split a seed file"))
+
+    plan = commands.add_parser(
+        "plan",
+        help="split GPUs among trainer and engines",
+        description="Estimates memory, time and energy of a config on so many GPUs; loads no weights.",
+    )
+    add_plan_arguments(plan)
 
     publish = commands.add_parser(
         "publish",
@@ -169,13 +177,19 @@ def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return run_data(arguments)
 
 
+def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from advgame.plan.command import run_plan
+
+    return run_plan(arguments, overrides)
+
+
 def _publish(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from advgame.publish.command import run_publish
 
     return run_publish(arguments)
 
 
-COMMANDS = {"train": _train, "resume": _resume, "config": _config, "data": _data, "publish": _publish}
+COMMANDS = {"train": _train, "resume": _resume, "config": _config, "data": _data, "plan": _plan, "publish": _publish}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -160,6 +160,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a config is a mapping of sections, found {type(tree).__name__}")
+    tree = _apart(tree)
     for field, value in parse_overrides(overrides):
         _put(tree, field, value)
     return build_config(tree, str(path))
@@ -216,6 +217,13 @@ def _scalar(text: str) -> Any:
         except ValueError:
             return value
     return value
+
+
+def _apart(value: Any) -> Any:
+    """A copy in which nothing is shared: YAML aliases are one object, and an override must change one of them only."""
+    if isinstance(value, dict):
+        return {key: _apart(item) for key, item in value.items()}
+    return [_apart(item) for item in value] if isinstance(value, list) else value
 
 
 def _put(tree: dict[str, Any], field: str, value: Any) -> None:
