@@ -1,4 +1,4 @@
-"""The command line: `advgame train | resume | config | data | publish`. Bad input: one line on stderr, exit code 2."""
+"""The command line: `advgame COMMAND`. Bad input: one line on stderr, exit code 2."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from advgame import __version__
+from advgame.doctor import add_doctor_arguments
 from advgame.game.dataset import add_data_arguments
 from advgame.plan.arguments import add_plan_arguments
 
@@ -54,6 +55,13 @@ def build_parser() -> argparse.ArgumentParser:
     config.add_argument("--fields", action="store_true", help="print every field with its default and meaning")
 
     add_data_arguments(commands.add_parser("data", help="describe, clean and split a seed file"))
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="check this machine",
+        description="Looks at versions, GPUs, memory, disk and ports; changes nothing.",
+    )
+    add_doctor_arguments(doctor)
 
     plan = commands.add_parser(
         "plan",
@@ -177,6 +185,12 @@ def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return run_data(arguments)
 
 
+def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from advgame.doctor import run_doctor
+
+    return run_doctor(arguments, overrides)
+
+
 def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from advgame.plan.command import run_plan
 
@@ -189,7 +203,10 @@ def _publish(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return run_publish(arguments)
 
 
-COMMANDS = {"train": _train, "resume": _resume, "config": _config, "data": _data, "plan": _plan, "publish": _publish}
+COMMANDS = {
+    "train": _train, "resume": _resume, "config": _config, "data": _data, "doctor": _doctor, "plan": _plan,
+    "publish": _publish,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())
