@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from advgame import __version__
 from advgame.game.dataset import add_data_arguments
+from advgame.lab.arguments import add_lab_arguments
 
 MISSING = {
     "pydantic": "train", "yaml": "train", "transformers": "train", "rich": "train", "tensorboard": "train",
@@ -54,6 +55,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_data_arguments(commands.add_parser("data", help="describe, clean and split a seed file"))
 
+    lab = commands.add_parser(
+        "lab",
+        help="play every variant in the tiny world",
+        description="Plays the variants of the game over seeds and tables them; continues where it stopped.",
+    )
+    add_lab_arguments(lab)
+
     publish = commands.add_parser(
         "publish",
         help="show how weights reach an engine",
@@ -89,7 +97,7 @@ def _main(argv: list[str]) -> int:
 
     arguments, overrides = build_parser().parse_known_args(argv)
     try:
-        if overrides and arguments.command in ("data", "publish"):
+        if overrides and arguments.command in ("data", "lab", "publish"):
             raise InputError(f"unexpected argument {overrides[0]!r}; see advgame {arguments.command} --help")
         return COMMANDS[arguments.command](arguments, overrides)
     except InputError as error:
@@ -169,13 +177,19 @@ def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return run_data(arguments)
 
 
+def _lab(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from advgame.lab.command import run_lab
+
+    return run_lab(arguments)
+
+
 def _publish(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from advgame.publish.command import run_publish
 
     return run_publish(arguments)
 
 
-COMMANDS = {"train": _train, "resume": _resume, "config": _config, "data": _data, "publish": _publish}
+COMMANDS = {"train": _train, "resume": _resume, "config": _config, "data": _data, "lab": _lab, "publish": _publish}
 
 if __name__ == "__main__":
     sys.exit(main())
