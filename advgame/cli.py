@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from advgame import __version__
 from advgame.doctor import add_doctor_arguments
 from advgame.game.dataset import add_data_arguments
+from advgame.lab.arguments import add_lab_arguments
 from advgame.plan.arguments import add_plan_arguments
 
 MISSING = {
@@ -70,6 +71,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_plan_arguments(plan)
 
+    lab = commands.add_parser(
+        "lab",
+        help="play every variant in the tiny world",
+        description="Plays the variants of the game over seeds and tables them; continues where it stopped.",
+    )
+    add_lab_arguments(lab)
+
     publish = commands.add_parser(
         "publish",
         help="show how weights reach an engine",
@@ -105,7 +113,7 @@ def _main(argv: list[str]) -> int:
 
     arguments, overrides = build_parser().parse_known_args(argv)
     try:
-        if overrides and arguments.command in ("data", "publish"):
+        if overrides and arguments.command in ("data", "lab", "publish"):
             raise InputError(f"unexpected argument {overrides[0]!r}; see advgame {arguments.command} --help")
         return COMMANDS[arguments.command](arguments, overrides)
     except InputError as error:
@@ -197,6 +205,12 @@ def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return run_plan(arguments, overrides)
 
 
+def _lab(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from advgame.lab.command import run_lab
+
+    return run_lab(arguments)
+
+
 def _publish(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from advgame.publish.command import run_publish
 
@@ -204,7 +218,7 @@ def _publish(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 COMMANDS = {
-    "train": _train, "resume": _resume, "config": _config, "data": _data, "doctor": _doctor, "plan": _plan,
+    "train": _train, "resume": _resume, "config": _config, "data": _data, "doctor": _doctor, "lab": _lab, "plan": _plan,
     "publish": _publish,
 }  # fmt: skip
 
