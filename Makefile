@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train train3 test test-fast test-vllm lint bench bench-gpu clean
+.PHONY: train train3 test test-fast test-vllm lint docs bench bench-gpu clean
 
 train: $(VENV)/.train
 	$(BIN)/advgame train configs/tiny.yaml
@@ -24,6 +24,10 @@ test-vllm: $(VENV)/.vllm
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.dev
+	$(BIN)/python scripts/settings-reference.py
+	$(BIN)/mkdocs build -q -d build/site
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench kernels
