@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from advgame_kernels import ema_update_
+from advgame_kernels import ema_decay, ema_update_
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +43,8 @@ class Learner:
     """One player in training.
 
     model: live player, fp32, packed attention. shadow: fp32 EMA by parameter name, empty when the live player
-    samples. initial: the weights before training, kept only where an objective refers to them.
+    samples. initial: the weights before training, kept only where an objective refers to them. updates: optimiser steps
+    made; averages: steps of the shadow.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Learner:
         )
         self.reference = ReferenceChoice(settings.reference, settings.reference_tolerance)
         self.updates = 0
+        self.averages = 0
 
     def _head_checked(self, field: str) -> None:
         config = self.model.config.get_text_config()
@@ -212,11 +214,17 @@ class Learner:
             shadow = [self.shadow[name] for name in names]
             # an engine whose weights go through host memory is written in a second pass
             near = all(out.device == own.device for out, own in zip(destinations, shadow, strict=True))
-            ema_update_(shadow, live, self.settings.ema_decay, publish=destinations if near else None)
+            ema_update_(shadow, live, self._next_decay(), publish=destinations if near else None)
             if not near:
                 torch._foreach_copy_(destinations, shadow)
         else:
             torch._foreach_copy_(destinations, live)
+
+    def _next_decay(self) -> float:
+        """Counts an update of the shadow and returns its decay."""
+        self.averages += 1
+        how = self.settings
+        return ema_decay(how.ema_schedule, self.averages, decay=how.ema_decay, gamma=how.ema_gamma)
 
     @torch.no_grad()
     def serve_into(self, served: Mapping[str, Tensor]) -> None:

@@ -62,6 +62,7 @@ class Progress:
             "before": self.before,
             "counters": dict(session.counters),
             "reference": {name: learner.reference.state() for name, learner in session.learners.items()},
+            "averages": {name: learner.averages for name, learner in session.learners.items()},
         }
 
 
