@@ -46,7 +46,9 @@ def test_a_run_on_vllm_and_its_resume(words, tmp_path):
     assert [row["step"] for row in rows] == list(range(5))
     for row in rows[:4]:
         assert row["publish/defender/write_ms"] > 0
-        assert "count/defender_restarts" not in row
+        assert 0 <= row["sampler_gap_defender"] <= row["sampler_gap_max_defender"] < 1e-3
+        assert ("seconds/first_token/defender" in row) == (row["step"] > 0)
+        assert not {"count/defender_restarts", "count/defender_sampler_gaps"} & row.keys()
         assert not any(key.endswith("/stale") and value for key, value in row.items())
     # the sampler is the reference: fp32 vLLM and the trainer agree so closely that no reference pass is made
     reference = json.loads((run / "summary.json").read_text())["reference"]["defender"]
