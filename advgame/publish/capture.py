@@ -27,10 +27,11 @@ def fingerprint(tensors: Iterable[Tensor], key: str = "") -> Fingerprint:
 class PublishPass:
     """`made(shadow, live, served, decay)` moves float32 averages towards `live` and fills `served`.
 
-    capture: None means on CUDA, where everything can be captured. builds: how often the pass has been made anew.
+    capture: False never captures; else CUDA does, and what cannot be captured follows the replay. builds: how often the
+    pass has been made anew.
     """
 
-    def __init__(self, *, capture: bool | None = None) -> None:
+    def __init__(self, *, capture: bool = True) -> None:
         self.builds = 0
         self._capture = capture
         self._fingerprint: Fingerprint = ()
@@ -38,6 +39,7 @@ class PublishPass:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._after: list[tuple[Tensor, Tensor]] = []
         self._scatters: Sequence[Scatter] = ()
+        self._inside = True
 
     @property
     def captured(self) -> bool:
@@ -64,6 +66,7 @@ class PublishPass:
             self._graph.replay()
         else:
             self._ema(decay)
+        if self._graph is None or not self._inside:
             self._follow()
         if made is not None:
             made.scattered = True
@@ -78,9 +81,9 @@ class PublishPass:
         self._after = [] if near else list(zip(copies, averages, strict=True))
         self._scatters = scatters
         self.builds += 1
-        on_device = near and all(one.into.device.type == one.taken.device.type == "cuda" for one in scatters)
-        wanted = self._ema.capturable and on_device if self._capture is None else self._capture
-        if wanted:
+        # a copy to another GPU waits for that GPU's own stream, which is not part of a capture
+        self._inside = all(one.into.device == one.taken.device == self._ema.device for one in scatters)
+        if self._ema.capturable and near and self._capture is not False:
             self._graph = self._captured(self._ema)
 
     def _follow(self) -> None:
@@ -90,18 +93,23 @@ class PublishPass:
             one.into.copy_(one.taken)
 
     def _captured(self, ema: PreparedEma) -> torch.cuda.CUDAGraph:
-        """The graph. Before it, everything runs once at decay 1, which changes no average: kernels get compiled and
-        ways between GPUs opened, neither of which may happen inside a capture."""
+        """The graph. Before it, everything runs once at decay 1, which changes no average: kernels get compiled, which
+        may not happen inside a capture."""
+
+        def calls() -> None:
+            ema.launch()
+            if self._inside:
+                self._follow()
+
         ema.set(1.0)
         stream = torch.cuda.Stream(ema.device)
         stream.wait_stream(torch.cuda.current_stream(ema.device))
         with torch.cuda.stream(stream):
-            ema.launch()
-            self._follow()
+            calls()
         torch.cuda.current_stream(ema.device).wait_stream(stream)
         torch.cuda.synchronize(ema.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            ema.launch()
-            self._follow()
+        # thread_local: another thread may sample on this GPU meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            calls()
         return graph

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advgame.errors import InputError
 from advgame.publish import group as groups
 from advgame.publish.arena import checksum
 from advgame.publish.binding import copy_name
 from advgame.publish.buckets import Layout, layout_of
 from advgame.publish.channels import record_plans
+from advgame.publish.cuda_memory import device_id
 from advgame.publish.plan import Plan, Source
 from advgame.publish.record import view_of
 from advgame.rollout.settings import VllmSettings
@@ -54,6 +56,11 @@ class CollectiveChannel:
         """Records the plan in the engine and builds the group. Raises PlanRefused with the reasons."""
         self._leave()
         plans = await record_plans(llm, self.model, self.sources)
+        if self._device.type == "cuda" and device_id(self._device) in await llm.collective_rpc("advgame_device"):
+            raise InputError(
+                "rollout.vllm.transport: collective needs trainer and engine on different GPUs (NCCL); set ipc, or "
+                "rollout.vllm.devices"
+            )
         if self.plans and [p.hash for p in plans] != [p.hash for p in self.plans]:
             raise RuntimeError("the restarted engine lays its weights out differently")
         if self.layout is None:

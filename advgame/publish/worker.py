@@ -129,6 +129,10 @@ class PublishWorker:
             engine.plan = plan
         return {"refused": refused} if plan is None else {"plan": plan.to_tree()}
 
+    def advgame_device(self) -> str:
+        """The GPU's own name, or "cpu"."""
+        return device_id(place_of_worker(self).device)
+
     def advgame_verify(self, expected: list[dict[str, int]]) -> None:
         """Compares every storage with what the trainer wrote (checksums by rank). Raises RuntimeError."""
         place, plan = place_of_worker(self), _plan_of(self)

@@ -6,6 +6,7 @@ vLLM is imported inside the functions, after the environment that it reads at im
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import os
 import re
 import threading
@@ -239,7 +240,8 @@ def kill(llm: Any) -> None:
 def end(llm: Any) -> None:
     """Lets an idle engine end in its own time (a few seconds at most), then makes sure."""
     processes = _processes(llm)
-    llm.shutdown(timeout=5.0)
+    limit = {"timeout": 5.0} if "timeout" in inspect.signature(llm.shutdown).parameters else {}
+    llm.shutdown(**limit)
     llm.shutdown = lambda timeout=None: None  # its destructor would shut down again when Python is half gone
     for process in processes:
         if process.is_alive():
@@ -259,7 +261,10 @@ async def pause(llm: Any, mode: str) -> None:
 
     `AsyncLLM.pause_generation` would do the same and sleep for 20 ms.
     """
-    await llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=False)
+    if hasattr(llm.engine_core, "pause_scheduler_async"):
+        await llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=False)
+    else:
+        await llm.pause_generation(mode=mode, clear_cache=False)
     if minor_version() < 30 and not on_cpu():
         # older ones answer while the last forward may still run on the device
         await llm.collective_rpc("advgame_synchronize")
