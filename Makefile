@@ -35,6 +35,8 @@ bench: $(VENV)/.dev
 # On a machine whose own Python has torch with CUDA and triton: correctness on the card, then every kernel benchmark.
 bench-gpu:
 	PYTHONPATH=.:kernels python3 -m bench kernels --device cuda --check --out bench/results
+	PYTHONPATH=.:kernels python3 -m bench ema --device cuda --out
+	PYTHONPATH=.:kernels python3 -m bench publish --device cuda --out
 
 SETUP := pyproject.toml setup.py constraints.txt scripts/setup.sh $(wildcard csrc/*)
 
