@@ -109,7 +109,7 @@ def _restore(session: Session, checkpoint: Path) -> Progress:
         learner.reference.restore(loaded.extra["reference"][name])
         for group in learner.optimizer.param_groups:
             group["betas"], group["weight_decay"] = learner.settings.betas, learner.settings.weight_decay
-    progress = Progress(loaded.step, loaded.extra)
+    progress = Progress(loaded.step, loaded.extra, loaded.trees)
     session.counters.update(progress.counters)
     return progress
 
@@ -144,14 +144,20 @@ async def _run(session: Session, folder: RunFolder, progress: Progress, *, resum
                 tracker.close()
             await session.close()
         if after is None:
-            view.note(f"stopped after step {progress.step}; continue with: advgame resume {folder.path}")
+            missing = "" if progress.step < config.run.steps else ", before the final evaluation, which is missing"
+            view.note(f"stopped after step {progress.step}{missing}; continue with: advgame resume {folder.path}")
             return
     write_summary(
         folder,
         _summary_values(progress.before),
         _summary_values(after),
         progress.seconds,
-        more={"steps": progress.step, "counters": dict(session.counters), **_decisions(session)},
+        more={
+            "steps": progress.step,
+            "counters": dict(session.counters),
+            **progress.totals.summary(),
+            **_decisions(session),
+        },
         console=Console(quiet=quiet),
     )
 

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from advgame import cli
+from advgame.run import names
 
 
 def seed_file(path, rows=6):
@@ -55,7 +56,7 @@ def metrics(run):
     """Rows without what may differ between equal runs: clock and attempt."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     own = ("time", "attempt")
-    timed = ("seconds/", "play/trees_per_second")
+    timed = names.TIMED
     return [{k: v for k, v in row.items() if k not in own and not k.startswith(timed)} for row in rows]
 
 
