@@ -156,7 +156,7 @@ def _other_players(saved: set[str], live: set[str]) -> str:
         fields = [f"{name}.frozen" for name in sorted(saved ^ live)]
         mend = f"resume with the saved {' and '.join(fields)}"
         mend += " and game.skip_attacker" if "attacker" in saved ^ live else ""
-    return f"holds the learning players {', '.join(sorted(saved))}, this run has {', '.join(sorted(live))}; {mend}"
+    return f"holds players {sorted(saved)}, this run has {sorted(live)}; {mend}"
 
 
 def _write_player(target: Path, name: str, player: PlayerState) -> dict[str, Any]:
