@@ -147,6 +147,7 @@ async def _run(session: Session, folder: RunFolder, progress: Progress, *, resum
             missing = "" if progress.step < config.run.steps else ", before the final evaluation, which is missing"
             view.note(f"stopped after step {progress.step}{missing}; continue with: advgame resume {folder.path}")
             return
+    console = Console(quiet=quiet)
     write_summary(
         folder,
         _summary_values(progress.before),
@@ -158,8 +159,9 @@ async def _run(session: Session, folder: RunFolder, progress: Progress, *, resum
             **progress.totals.summary(),
             **_decisions(session),
         },
-        console=Console(quiet=quiet),
+        console=console,
     )
+    console.print(progress.totals.line(), highlight=False)
 
 
 def _summary_values(measured: dict[str, float]) -> dict[str, float]:

@@ -91,3 +91,13 @@ class Totals:
             "request_seconds": {role: self.sums[names.request_seconds(role)] for role in roles},
             "judge_share": judge_share(self.sums),
         }
+
+    def line(self) -> str:
+        """The summary in one line of text."""
+        summary = self.summary()
+        parts = [] if summary["trees_per_hour"] is None else [f"{summary['trees_per_hour']:.0f} trees an hour"]
+        if engines := summary["engine_seconds"]:
+            parts.append("engine-seconds " + ", ".join(f"{role} {seconds:.0f}" for role, seconds in engines.items()))
+        if summary["judge_share"] is not None:
+            parts.append(f"judge's share {summary['judge_share']:.0%}")
+        return "; ".join(parts)

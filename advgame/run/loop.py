@@ -79,9 +79,10 @@ async def train(
     try:
         while progress.step < run.steps and not stop.asked:
             step, clock = progress.step, Clock()
+            play_next = run.ahead == 1 and step + 1 < run.steps
             with clock.stage("validate"):
                 measured = await stop.unless_asked(due(session, step))
-            if measured is None:
+            if measured is None or stop.asked:
                 break
             if step == 0:
                 progress.before = measured
@@ -92,11 +93,11 @@ async def train(
             check_answered(session, trees, step)
             rewards = [tree_rewards(tree, session.rewards) for tree in trees]
             scored = list(zip(trees, rewards, strict=True))
-            if run.ahead and step + 1 < run.steps:
+            if play_next:
                 plays.begin(step + 1)
             with clock.stage("learn"):
                 learned = await aside(learner, learn, session, scored, step)
-            if run.ahead and step + 1 < run.steps:
+            if play_next:
                 await plays.ready(step + 1)  # before the weights change
             with clock.stage("publish"):
                 await publish(session, step + 1)

@@ -201,6 +201,17 @@ def test_effort_by_hand():
     assert summary["judge_share"] == pytest.approx(5 / 8)
     assert summary["engine_seconds"] == {"attacker": 2.0, "defender": 4.0, "judge": 10.0}
     assert summary["trees_per_hour"] == pytest.approx(7200, rel=1e-2)
+    assert "engine-seconds attacker 2, defender 4, judge 10; judge's share 62%" in totals.line()
+    without = Totals(
+        {
+            k: v
+            for k, v in totals.sums.items()
+            if k not in (names.engine_seconds("judge"), names.request_seconds("judge"))
+        }
+    )
+    assert without.summary()["judge_share"] is None
+    assert "judge" not in without.line()
+    assert Totals().line() == ""
 
 
 def test_the_default_is_in_step():
