@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch import multiprocessing as torch_processes
 
+from advgame.malloc import keep_freed_memory
 from advgame.rollout.batch_sampler import BatchSampler, Completion
 from advgame.rollout.engine import EngineDied, Request
 
@@ -153,6 +154,7 @@ def _fill(model: nn.Module, views: dict[str, Tensor]) -> None:
 def _serve(pipe: Connection, shared: Sequence[Shared], threads: int) -> None:
     """The child: batches until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the terminal is the parent's to handle
+    keep_freed_memory()
     torch.set_num_threads(threads)
     samplers: list[BatchSampler] = []
     for one in shared:

@@ -15,13 +15,13 @@ from rich.table import Table
 
 from advgame.config import Config, dump_config, load_config
 from advgame.errors import InputError
+from advgame.malloc import keep_freed_memory
 from advgame.run import names
 from advgame.run.checkpoint import load_into
 from advgame.run.checkpoint_files import latest_checkpoint
 from advgame.run.folder import RunFolder
 from advgame.run.live import LiveView, Stage
 from advgame.run.loop import Progress, state_of, train
-from advgame.run.malloc import keep_freed_memory
 from advgame.run.recorder import Recorder
 from advgame.run.session import Plan, Session, check, open_session
 from advgame.run.summary import LABELS, write_summary

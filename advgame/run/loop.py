@@ -97,12 +97,12 @@ async def train(
                 plays.begin(step + 1)
             with clock.stage("learn"):
                 learned = await aside(learner, learn, session, scored, step)
+            await aside(learner, recorder.trees, step, trees, rewards)
             if play_next:
                 await plays.ready(step + 1)  # before the weights change
             with clock.stage("publish"):
                 await publish(session, step + 1)
             game_seconds = time.perf_counter() - started
-            recorder.trees(step, trees, rewards)
 
             progress.step += 1
             values = play_metrics(trees, rewards, version=step, frozen=session.frozen)
