@@ -24,6 +24,15 @@ class RunSettings(Section):
     seed: int = Field(0, ge=0, description="Seeds data order and every sampling stream.")
     steps: PositiveInt = Field(1000, description="Game steps.")
     deterministic: bool = Field(True, description="Form engine batches by tree index: runs repeat bit for bit.")
+    ahead: Literal[0, 1] = Field(
+        0, description="1: play the next step's trees while this one learns; samples are then one step stale."
+    )
+    carry_over: float = Field(
+        0.0,
+        ge=0,
+        le=0.5,
+        description="Share of a step's trees that may end late, for the next step to learn from (not deterministic).",
+    )
     validate_every: int = Field(25, ge=0, description="Steps between validations; 0: at start and end only.")
     exact_every: int = Field(0, ge=0, description="World only: steps between exact worst-case evaluations; 0: ends.")
     checkpoint_every: int = Field(50, ge=0, description="Steps between checkpoints (also at the end); 0: end only.")
@@ -339,6 +348,22 @@ def _engines(c: Config) -> str | None:
     return None
 
 
+def _overlap(c: Config) -> str | None:
+    if not c.run.carry_over:
+        return None
+    if c.run.deterministic:
+        return (
+            "run.carry_over: which trees are late depends on the clock, so no run would repeat; set "
+            "run.deterministic: false, or this to 0"
+        )
+    if c.learn.objective in ("dpo", "ipo") and c.learn.reference in ("auto", "recompute"):
+        return (
+            f"learn.reference: {c.learn.reference} recomputes from one average, but with run.carry_over the trees of a "
+            "step were sampled from several; set learn.reference: rollout"
+        )
+    return None
+
+
 def _players(c: Config) -> str | None:
     attacker_plays = not c.game.skip_attacker
     if c.defender.frozen and (c.attacker.frozen or not attacker_plays):
@@ -359,7 +384,7 @@ def _players(c: Config) -> str | None:
     return None
 
 
-COMBINATIONS = (_world_or_models, _judge, _templates, _objective, _players, _engines)
+COMBINATIONS = (_world_or_models, _judge, _templates, _objective, _overlap, _players, _engines)
 """Each looks at the whole tree and returns "field: what cannot be and the mend", or None."""
 
 

@@ -7,7 +7,7 @@ other trees are in flight.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
@@ -72,8 +72,12 @@ async def play_batch(
     *,
     in_flight: int,
     on_tree: Callable[[Tree], None] | None = None,
+    only: Collection[int] | None = None,
 ) -> list[Tree]:
-    """The trees of `seeds` in their order, at most `in_flight` at a time; `on_tree` is told of each as it ends."""
+    """The trees of `seeds` in their order, at most `in_flight` at a time; `on_tree` is told of each as it ends.
+
+    only: indices of the seeds to play; None: all.
+    """
     places = asyncio.Semaphore(in_flight)
 
     async def one(index: int, seed: Seed) -> Tree:
@@ -84,7 +88,7 @@ async def play_batch(
         return tree
 
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(i, seed)) for i, seed in enumerate(seeds)]
+        tasks = [group.create_task(one(i, seed)) for i, seed in enumerate(seeds) if only is None or i in only]
     return [task.result() for task in tasks]
 
 

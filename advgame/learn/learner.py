@@ -55,8 +55,9 @@ class Learner:
     """One player in training.
 
     model: live player, fp32, packed attention. shadow: fp32 EMA by parameter name, empty when the live player
-    samples. initial: the weights before training, kept only where an objective refers to them. updates: optimiser steps
-    made; averages: steps of the shadow.
+    samples. initial: the weights before training, kept only where an objective refers to them. previous: the average
+    before the last publish, kept only where play runs one step ahead and pairs recompute their reference from it.
+    updates: optimiser steps made; averages: steps of the shadow.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Learner:
         field: str,
         lr: float | None = None,
         ema: bool = True,
+        ahead: bool = False,
         device: torch.device | str = "cpu",
         remote_code: bool = False,
     ):
@@ -82,6 +84,8 @@ class Learner:
         self.shadow: dict[str, Tensor] = snapshot(self.model) if ema else {}
         refers = settings.objective in ("grpo", "reinforce") or settings.reference == "initial"
         self.initial: dict[str, Tensor] = snapshot(self.model) if refers else {}
+        recomputes = settings.objective in ("dpo", "ipo") and settings.reference in ("auto", "recompute")
+        self.previous: dict[str, Tensor] = snapshot(self.model) if ema and ahead and recomputes else {}
         self.base_lr = lr or settings.lr
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
@@ -157,7 +161,8 @@ class Learner:
         if self.reference.decided == "rollout":
             return sampled, False
         initial = self.reference.decided == "initial"
-        logps = self._reference_logps(batch, self.initial if initial else self.shadow)
+        # the reference is the version that sampled
+        logps = self._reference_logps(batch, self.initial if initial else self.previous or self.shadow)
         return sequence_sums(logps, batch), not initial
 
     def sampler_gap(self, samples: Sequence[Sample]) -> SamplerGap:
@@ -232,6 +237,10 @@ class Learner:
     @torch.no_grad()
     def publish_into(self, served: Mapping[str, Tensor]) -> None:
         """Moves the EMA one step and writes it into an engine's tensors in the same pass (live player: a copy)."""
+        if self.reference.decided == "rollout":
+            self.previous = {}
+        if self.previous:
+            torch._foreach_copy_(list(self.previous.values()), [self.shadow[name] for name in self.previous])
         if self.shadow:
             self._publish(self.shadow, self.parameters, served, self._next_decay())
         else:

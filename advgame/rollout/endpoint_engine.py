@@ -14,6 +14,7 @@ from advgame.errors import InputError
 from advgame.game.tree import Sample
 from advgame.rollout.endpoint_http import JsonClient
 from advgame.rollout.engine import EngineError, Request, Sampling, stream_seed
+from advgame.rollout.meter import Meter
 from advgame.rollout.settings import EndpointSettings
 
 
@@ -59,6 +60,7 @@ class EndpointSpeaker:
     ):
         self.name, self.settings, self.sampling, self.run_seed = name, settings, sampling, run_seed
         self.counters = Counter[str]() if counters is None else counters
+        self.meter = Meter()
         self._client = client_of(settings, name, self.counters)
 
     async def ask(self, user: str, key: tuple[int, ...], sampling: Sampling | None = None) -> tuple[Sample | None, str]:
@@ -69,7 +71,9 @@ class EndpointSpeaker:
         body |= {"messages": [{"role": "user", "content": user}]} if chat else {"prompt": user}
         self.counters[f"{self.name}_requests"] += 1
         try:
-            choice, answer = _choice(await self._client.post(path, body), self.name)
+            with self.meter.use():
+                posted = await self._client.post(path, body)
+            choice, answer = _choice(posted, self.name)
             text = choice["message"]["content"] if chat else choice["text"]
             if not isinstance(text, str):
                 raise EngineError(f"{self.name}: the answer has no text")

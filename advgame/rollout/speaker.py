@@ -10,6 +10,7 @@ from typing import Protocol
 
 from advgame.game.tree import Sample
 from advgame.rollout.engine import Engine, EngineError, Request, Sampling, stream_seed
+from advgame.rollout.meter import Meter
 
 
 class Chat(Protocol):
@@ -33,7 +34,7 @@ class Asks(Protocol):
 
 @dataclass
 class Speaker:
-    """Asks an engine, retries its failures and counts them in `counters` (keys `<name>_...`)."""
+    """Asks an engine, retries its failures and counts them in `counters` (keys `<name>_...`); `meter`: its time."""
 
     name: str
     engine: Engine
@@ -44,6 +45,7 @@ class Speaker:
     backoff_s: float = 0.0
     counters: Counter[str] = field(default_factory=Counter)
     last_error: str = ""
+    meter: Meter = field(default_factory=Meter)
 
     async def ask(self, user: str, key: tuple[int, ...], sampling: Sampling | None = None) -> tuple[Sample | None, str]:
         """(what was sampled, its text); (None, "") when the engine failed `retries + 1` times."""
@@ -52,7 +54,8 @@ class Speaker:
         for attempt in range(self.retries + 1):
             self.counters[f"{self.name}_requests"] += 1
             try:
-                sample = await self.engine.generate(request)
+                with self.meter.use():
+                    sample = await self.engine.generate(request)
             except EngineError as error:
                 self.last_error = str(error)
                 self.counters[f"{self.name}_failures"] += 1

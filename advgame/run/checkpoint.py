@@ -4,6 +4,8 @@ exactly.
     checkpoints/step-000050/
       attacker/  attacker-ema/  defender/  defender-ema/     model.safetensors, config.json, tokenizer
       optimizer-attacker.safetensors  optimizer-defender.safetensors
+      previous-attacker.safetensors   ...                    the average before the last one, where pairs refer to it
+      trees.jsonl.gz                                         played ahead and not yet learned from
       state.json                                             step, updates, options, checksums, config hash
 
 Nothing is pickled. How folders appear whole, are verified and pruned is in `checkpoint_files.py`.
@@ -12,9 +14,9 @@ Nothing is pickled. How folders appear whole, are verified and pruned is in `che
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +27,19 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from advgame.errors import InputError
+from advgame.game.rewards import TreeRewards
+from advgame.game.tree import Tree
 from advgame.run.checkpoint_files import checkpoint_problem, prune_checkpoints, read_state, writing_checkpoint
 from advgame.run.folder import RunFolder
 from advgame.run.optimizer_state import check_optimizer, pack_optimizer, unpack_optimizer
+from advgame.run.recorder import read_trees, write_trees
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FORMAT = 1
+
+TREES_FILE = "trees.jsonl.gz"
 
 _CONFIG_KEYS = (
     "model_type",
@@ -52,7 +59,8 @@ class PlayerState:
     """One player as the learner holds it.
 
     model: the live player, fp32 master weights. shadow: its fp32 EMA by parameter name, empty when there is
-    none. optimizer: None for a player that does not learn. updates: optimizer updates made so far.
+    none. optimizer: None for a player that does not learn. updates: optimizer updates made so far. previous: the
+    EMA before the last publish, empty unless something refers to it.
     """
 
     model: PreTrainedModel
@@ -60,15 +68,20 @@ class PlayerState:
     shadow: Mapping[str, Tensor]
     optimizer: torch.optim.Optimizer | None
     updates: int
+    previous: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """All that a resume needs. `step` counts finished steps; `extra` is JSON-able (decisions, counters)."""
+    """All that a resume needs.
+
+    `step` counts finished steps; `extra` is JSON-able (decisions, counters); `trees` were played for later steps.
+    """
 
     step: int
     players: Mapping[str, PlayerState]
     extra: Mapping[str, Any]
+    trees: Sequence[tuple[Tree, TreeRewards]] = ()
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,7 @@ class LoadedState:
     extra: Mapping[str, Any]
     updates: Mapping[str, int]
     config_sha256: str | None
+    trees: Sequence[Tree] = ()
 
 
 def save_checkpoint(folder: RunFolder, state: TrainState, keep: int) -> Path:
@@ -99,6 +113,8 @@ def save_checkpoint(folder: RunFolder, state: TrainState, keep: int) -> Path:
     with writing_checkpoint(folder.checkpoints, state.step, described) as target:
         for name, player in state.players.items():
             described["players"][name] = _write_player(target, name, player)
+        if state.trees:
+            write_trees(target / TREES_FILE, [tree for tree, _ in state.trees], [reward for _, reward in state.trees])
     prune_checkpoints(folder.checkpoints, state.step, keep)
     return folder.checkpoints / f"step-{state.step:06d}"
 
@@ -118,7 +134,7 @@ def load_into(path: Path, players: Mapping[str, PlayerState], *, verify: bool = 
         raise InputError(f"{path}: has checkpoint format {state['format']}; this version reads {_FORMAT}")
     saved = state["players"]
     if set(saved) != set(players):
-        raise InputError(f"{path}: holds players {sorted(saved)}, this run has {sorted(players)}; match game.self_play")
+        raise InputError(f"{path}: {_other_players(set(saved), set(players))}")
     for name, player in players.items():
         _check_player(path, name, player, saved[name])
     for name, player in players.items():
@@ -128,7 +144,19 @@ def load_into(path: Path, players: Mapping[str, PlayerState], *, verify: bool = 
         state["extra"],
         {name: saved[name]["updates"] for name in saved},
         state["config_sha256"],
+        [recorded.tree for recorded in read_trees(path / TREES_FILE)] if (path / TREES_FILE).is_file() else [],
     )
+
+
+def _other_players(saved: set[str], live: set[str]) -> str:
+    """What differs, and the settings that decide it."""
+    if "shared" in saved ^ live:
+        mend = f"set game.self_play: {str('shared' in saved).lower()}"
+    else:
+        fields = [f"{name}.frozen" for name in sorted(saved ^ live)]
+        mend = f"resume with the saved {' and '.join(fields)}"
+        mend += " and game.skip_attacker" if "attacker" in saved ^ live else ""
+    return f"holds players {sorted(saved)}, this run has {sorted(live)}; {mend}"
 
 
 def _write_player(target: Path, name: str, player: PlayerState) -> dict[str, Any]:
@@ -146,6 +174,9 @@ def _write_player(target: Path, name: str, player: PlayerState) -> dict[str, Any
             {key: _own_storage(tensor.cpu()) for key, tensor in tensors.items()},
             target / f"optimizer-{name}.safetensors",
         )
+    if player.previous:
+        previous = {key: _own_storage(tensor.cpu()) for key, tensor in player.previous.items()}
+        save_file(previous, target / f"previous-{name}.safetensors")
     return {
         "updates": player.updates,
         "architecture": _architecture(player.model),
@@ -194,6 +225,12 @@ def _read_player(path: Path, name: str, player: PlayerState, saved: Mapping[str,
     _copy_model(path / name, player.model, _tensors(player.model))
     if player.shadow:
         _copy_model(path / f"{name}-ema", player.model, player.shadow)
+    if player.previous:
+        # without one nothing was played ahead: what comes first will be sampled from the saved average itself
+        file = path / f"previous-{name}.safetensors"
+        stored = load_file(file) if file.is_file() else player.shadow
+        for key, tensor in player.previous.items():
+            tensor.copy_(stored[key])
     if player.optimizer is not None:
         tensors = load_file(path / f"optimizer-{name}.safetensors")
         unpack_optimizer(player.optimizer, _parameters(player.model), tensors, saved["optimizer"])

@@ -15,13 +15,13 @@ from rich.table import Table
 
 from advgame.config import Config, dump_config, load_config
 from advgame.errors import InputError
+from advgame.malloc import keep_freed_memory
 from advgame.run import names
 from advgame.run.checkpoint import load_into
 from advgame.run.checkpoint_files import latest_checkpoint
 from advgame.run.folder import RunFolder
 from advgame.run.live import LiveView, Stage
 from advgame.run.loop import Progress, state_of, train
-from advgame.run.malloc import keep_freed_memory
 from advgame.run.recorder import Recorder
 from advgame.run.session import Plan, Session, check, open_session
 from advgame.run.summary import LABELS, write_summary
@@ -110,7 +110,7 @@ def _restore(session: Session, checkpoint: Path) -> Progress:
         learner.reference.restore(loaded.extra["reference"][name])
         for group in learner.optimizer.param_groups:
             group["betas"], group["weight_decay"] = learner.settings.betas, learner.settings.weight_decay
-    progress = Progress(loaded.step, loaded.extra)
+    progress = Progress(loaded.step, loaded.extra, loaded.trees)
     session.counters.update(progress.counters)
     return progress
 
@@ -145,16 +145,24 @@ async def _run(session: Session, folder: RunFolder, progress: Progress, *, resum
                 tracker.close()
             await session.close()
         if after is None:
-            view.note(f"stopped after step {progress.step}; continue with: advgame resume {folder.path}")
+            missing = "" if progress.step < config.run.steps else ", before the final evaluation, which is missing"
+            view.note(f"stopped after step {progress.step}{missing}; continue with: advgame resume {folder.path}")
             return
+    console = Console(quiet=quiet)
     write_summary(
         folder,
         _summary_values(progress.before),
         _summary_values(after),
         progress.seconds,
-        more={"steps": progress.step, "counters": dict(session.counters), **_decisions(session)},
-        console=Console(quiet=quiet),
+        more={
+            "steps": progress.step,
+            "counters": dict(session.counters),
+            **progress.totals.summary(),
+            **_decisions(session),
+        },
+        console=console,
     )
+    console.print(progress.totals.line(), highlight=False)
 
 
 def _summary_values(measured: dict[str, float]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from advgame.rollout.channel import Channel
 from advgame.rollout.chat import stop_ids
 from advgame.rollout.endpoint_engine import EndpointSpeaker, check_endpoint
 from advgame.rollout.engine import Engine, Sampling
+from advgame.rollout.sampler_process import SamplerProcess
 from advgame.rollout.transformers_engine import TransformersEngine
 from advgame.rollout.vllm_engine import VllmEngine
 
@@ -60,8 +61,12 @@ def open_engine(
     learner: Learner | None,
     counters: Counter[str],
     device: torch.device,
+    elsewhere: SamplerProcess | None = None,
 ) -> Engine:
-    """The engine of one model; `learner` is who publishes to it, None for a frozen one. vLLM starts with `start`."""
+    """The engine of one model; `learner` is who publishes to it, None for a frozen one. vLLM starts with `start`.
+
+    elsewhere: a child process in which a transformers engine samples.
+    """
     stops = stop_ids(folder, tokenizer)
     if kind == "vllm":
         return VllmEngine(
@@ -81,6 +86,7 @@ def open_engine(
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0],
         batch=config.rollout.batch,
         deterministic=config.run.deterministic,
+        elsewhere=elsewhere,
     )
 
 

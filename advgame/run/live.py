@@ -193,7 +193,13 @@ def _cells(values: Mapping[str, float]) -> list[tuple[str, str]]:
     add("s/step", names.STEP_SECONDS)
     for stage in names.STAGES:
         add(stage, names.stage_seconds(stage))
+    if values.get(names.HIDDEN_SECONDS, 0.0) >= 0.01:
+        add("hidden", names.HIDDEN_SECONDS)
     add("trees/s", names.TREES_PER_SECOND, ".1f")
+    add("trees/h", names.TREES_PER_HOUR, ".0f")
+    add("judge", names.JUDGE_SHARE, ".0%")
+    if values.get(names.STALENESS):
+        add("stale", names.STALENESS)
     for role in names.ROLES:
         for category in names.CATEGORIES:
             add(f"{role[0].upper()} {category}", names.reward(category, role))
@@ -222,8 +228,13 @@ def _table(step: int, values: Mapping[str, float]) -> Table:
     stages = "  ".join(f"{stage} {show(names.stage_seconds(stage))}" for stage in names.STAGES)
     table.add_row(
         f"step {step}",
-        f"{show(names.STEP_SECONDS)} s  ({stages})  {show(names.TREES_PER_SECOND, '.1f')} trees/s",
+        f"{show(names.STEP_SECONDS)} s  ({stages}  hidden {show(names.HIDDEN_SECONDS)})  "
+        f"{show(names.TREES_PER_SECOND, '.1f')} trees/s  {show(names.TREES_PER_HOUR, '.0f')} trees/h",
     )
+    if names.JUDGE_SHARE in values or values.get(names.STALENESS):
+        engines = "  ".join(f"{role} {show(names.engine_seconds(role))}" for role in (*names.ROLES, "judge"))
+        judge, stale = show(names.JUDGE_SHARE, ".0%"), show(names.STALENESS)
+        table.add_row("engines", f"{engines} s  judge's share {judge}  staleness {stale}")
     for role in names.ROLES:
         rewards = "  ".join(f"{category} {show(names.reward(category, role))}" for category in names.CATEGORIES)
         table.add_row(role.capitalize(), f"reward {rewards}  loss {show(names.loss(role), '.4f')}")

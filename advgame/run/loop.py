@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from advgame.game.pairs import Role, groups_of, pairs_of
-from advgame.game.play import play_batch
 from advgame.game.rewards import TreeRewards, tree_rewards
 from advgame.game.tree import Attack, Category, Outcome, Response, Tree
 from advgame.rollout.engine import EngineError
@@ -20,46 +18,40 @@ from advgame.rollout.speaker import Speaker
 from advgame.rollout.vllm_engine import VllmEngine
 from advgame.run import names
 from advgame.run.checkpoint import PlayerState, TrainState, save_checkpoint
+from advgame.run.effort import Clock, Totals, step_effort
 from advgame.run.evaluate import exact, sampled_success, validate
 from advgame.run.folder import RunFolder
 from advgame.run.live import LiveView
 from advgame.run.metrics import play_metrics
+from advgame.run.plays import Place, Plays
 from advgame.run.recorder import Recorder
 from advgame.run.session import Session, Side
+from advgame.run.stop import Stop
 from advgame.run.trackers import Tracker
 from advgame.run.verify import gap_metrics, measure_gaps
 
+T = TypeVar("T")
 Scored = Sequence[tuple[Tree, TreeRewards]]
 
 
-class Clock:
-    """Seconds by stage of the current step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
 class Progress:
-    """What a checkpoint keeps of a run beside its players."""
+    """What a checkpoint keeps of a run beside its players. `kept` and `owed`: see `Plays`."""
 
-    def __init__(self, step: int = 0, extra: Mapping[str, Any] | None = None):
+    def __init__(self, step: int = 0, extra: Mapping[str, Any] | None = None, kept: Sequence[Tree] = ()):
         extra = extra or {}
         self.step = step
         self.seconds = float(extra.get("seconds", 0.0))
         self.before: dict[str, float] = dict(extra.get("before", {}))
         self.counters: Counter[str] = Counter(extra.get("counters", {}))
+        self.totals = Totals(extra.get("totals"))
+        self.kept = kept
+        self.owed: list[Place] = [(step, index) for step, index in extra.get("owed", ())]
 
     def extra(self, session: Session) -> dict[str, Any]:
         return {
             "seconds": self.seconds,
+            "totals": dict(self.totals.sums),
+            "owed": self.owed,
             "before": self.before,
             "counters": dict(session.counters),
             "reference": {name: learner.reference.state() for name, learner in session.learners.items()},
@@ -76,59 +68,79 @@ async def train(
     progress: Progress,
 ) -> dict[str, float] | None:
     """Plays from `progress.step` to the end; returns the final evaluation, or None if it was interrupted."""
-    run = session.config.run
-    interrupted = _stop_on_signals(view.note)
+    run, stop = session.config.run, Stop(view.note)
+    plays = Plays(session, progress.kept, progress.owed)
+    # beside play, learning needs a thread of its own; alone it needs none
+    learner = ThreadPoolExecutor(1, "learn") if run.ahead or run.carry_over else None
 
     def log(step: int, values: Mapping[str, float]) -> None:
         recorder.metrics(step, values)
         for tracker in trackers:
             tracker.log(step, values)
 
-    while progress.step < run.steps and not interrupted():
-        step, clock, started = progress.step, Clock(), time.perf_counter()
-        measured = {}
-        with clock.stage("validate"):
+    try:
+        while progress.step < run.steps and not stop.asked:
+            step, clock = progress.step, Clock()
+            play_next = run.ahead == 1 and step + 1 < run.steps
+            with clock.stage("validate"):
+                measured = await stop.unless_asked(due(session, step))
+            if measured is None or stop.asked:
+                break
             if step == 0:
-                measured = progress.before = await measure(session, step)
-            elif run.validate_every and step % run.validate_every == 0:
-                measured = await validate(session, step)
-            if step and run.exact_every and step % run.exact_every == 0:
-                measured |= exact(session)
-        if interrupted():
-            break
-        with clock.stage("play"):
-            trees = await play_batch(
-                session.table, session.seeds.batch(step), step, in_flight=session.config.rollout.in_flight
-            )
-        check_answered(session, trees, step)
-        rewards = [tree_rewards(tree, session.rewards) for tree in trees]
-        with clock.stage("learn"):
-            gaps = measure_gaps(session, trees, step)
-            learned = learn(session, list(zip(trees, rewards, strict=True)), step)
-            learned |= gap_metrics(session, trees, step, gaps, learned, view.note)
-        with clock.stage("publish"):
-            await publish(session, step + 1)
-        recorder.trees(step, trees, rewards)
+                progress.before = measured
+            for meter in session.meters.values():
+                meter.take()  # what evaluation used
+            started = time.perf_counter()
+            trees = await plays.batch(step)
+            check_answered(session, trees, step)
+            rewards = [tree_rewards(tree, session.rewards) for tree in trees]
+            scored = list(zip(trees, rewards, strict=True))
+            if play_next:
+                plays.begin(step + 1)
+            with clock.stage("learn"):
+                gaps = await aside(learner, measure_gaps, session, trees, step)
+                learned = await aside(learner, learn, session, scored, step)
+                learned |= gap_metrics(session, trees, step, gaps, learned, view.note)
+            await aside(learner, recorder.trees, step, trees, rewards)
+            if play_next:
+                await plays.ready(step + 1)  # before the weights change
+            with clock.stage("publish"):
+                await publish(session, step + 1)
+            game_seconds = time.perf_counter() - started
 
-        progress.step += 1
-        seconds = time.perf_counter() - started
-        progress.seconds += seconds
-        values = play_metrics(trees, rewards, version=step) | learned | measured | publish_times(session)
-        values |= {f"{names.COUNTER_PREFIX}{k}": float(v) for k, v in session.counters.items() if _is_problem(k)}
-        values |= {names.stage_seconds(stage): s for stage, s in clock.seconds.items()}
-        values |= {names.STEP_SECONDS: seconds, names.TREES_PER_SECOND: len(trees) / clock.seconds["play"]}
-        log(step, values)
-        view.update(step, values)
-        if run.checkpoint_every and progress.step % run.checkpoint_every == 0:
-            save(session, folder, progress)
+            progress.step += 1
+            values = play_metrics(trees, rewards, version=step, frozen=session.frozen)
+            values |= learned | measured | publish_times(session)
+            values |= {f"{names.COUNTER_PREFIX}{k}": float(v) for k, v in session.counters.items() if _is_problem(k)}
+            if run.carry_over:
+                values[names.LATE_TREES] = float(sum(tree.step < step for tree in trees))
+            values |= step_effort(clock, session.meters, plays.take(), len(trees), game_seconds)
+            progress.seconds += values[names.STEP_SECONDS]
+            progress.totals.add(values, len(trees))
+            log(step, values)
+            view.update(step, values)
+            if run.checkpoint_every and progress.step % run.checkpoint_every == 0:
+                save(session, folder, progress, plays)
 
-    if not run.checkpoint_every or progress.step % run.checkpoint_every:
-        save(session, folder, progress)
+        if not run.checkpoint_every or progress.step % run.checkpoint_every:
+            save(session, folder, progress, plays)
+    finally:
+        await plays.close()
+        if learner is not None:
+            learner.shutdown()
     if progress.step < run.steps:
         return None
-    after = await measure(session, progress.step)
-    log(progress.step, after)
+    after = await stop.unless_asked(measure(session, progress.step))
+    if after is not None:
+        log(progress.step, after)
     return after
+
+
+async def aside(thread: Executor | None, function: Callable[..., T], *arguments: Any) -> T:
+    """`function(*arguments)`, in `thread` if there is one, while the event loop goes on."""
+    if thread is None:
+        return function(*arguments)
+    return await asyncio.get_running_loop().run_in_executor(thread, function, *arguments)
 
 
 def check_answered(session: Session, trees: Sequence[Tree], step: int) -> None:
@@ -140,6 +152,15 @@ def check_answered(session: Session, trees: Sequence[Tree], step: int) -> None:
     for speaker, made in players:
         if speaker is not None and made and all(one.outcome is Outcome.ENGINE_FAILED for one in made):
             raise EngineError(f"step {step}: every request to the {speaker.name} failed: {speaker.last_error}")
+
+
+async def due(session: Session, step: int) -> dict[str, float]:
+    """What is measured before a step: everything at the start, then what its turn is."""
+    run = session.config.run
+    if step == 0:
+        return await measure(session, step)
+    values = await validate(session, step) if run.validate_every and step % run.validate_every == 0 else {}
+    return values | exact(session) if run.exact_every and step % run.exact_every == 0 else values
 
 
 async def measure(session: Session, step: int) -> dict[str, float]:
@@ -221,33 +242,20 @@ def publish_times(session: Session) -> dict[str, float]:
     return values
 
 
-def save(session: Session, folder: RunFolder, progress: Progress) -> None:
+def save(session: Session, folder: RunFolder, progress: Progress, plays: Plays) -> None:
+    progress.owed = plays.owed
     players = {name: state_of(session, name) for name in session.learners}
-    state = TrainState(progress.step, players, progress.extra(session))
+    trees = [(tree, tree_rewards(tree, session.rewards)) for tree in plays.kept]
+    state = TrainState(progress.step, players, progress.extra(session), trees)
     save_checkpoint(folder, state, session.config.run.keep_checkpoints)
 
 
 def state_of(session: Session, name: str) -> PlayerState:
     learner = session.learners[name]
-    return PlayerState(learner.model, learner.tokenizer, learner.shadow, learner.optimizer, learner.updates)
+    return PlayerState(
+        learner.model, learner.tokenizer, learner.shadow, learner.optimizer, learner.updates, learner.previous
+    )
 
 
 def _is_problem(counter: str) -> bool:
     return not counter.endswith(("_requests", "_tokens"))
-
-
-def _stop_on_signals(note: Callable[[str], None]) -> Callable[[], bool]:
-    """The first Ctrl-C (or SIGTERM) asks for a stop after the running step; the second one ends at once."""
-    asked = False
-    loop = asyncio.get_running_loop()
-
-    def ask() -> None:
-        nonlocal asked
-        asked = True
-        note("stopping after this step, then saving; press Ctrl-C again to stop at once")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, ask)
-    return lambda: asked

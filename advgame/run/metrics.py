@@ -11,7 +11,8 @@ pair_yield             share of groups (Attacker: a seed's attacks, Defender: an
                        different rewards, hence a preference pair
 tokens                 mean length of a sample, in tokens, the closing token included
 logprob                mean log-prob of a sampled token under the sampler, nats, over all tokens
-staleness, staleness_max   the step's weight version minus the sample's, in updates published
+staleness, staleness_max   the step's weight version minus the sample's, in updates published; absent for a frozen
+                       player, whose version never changes
 distinct_1, distinct_2, self_overlap   of the Attacker's prompts (`diversity.py`)
 
 Attacks that are seeds played directly count for the Defender only: no Attacker wrote them.
@@ -20,7 +21,7 @@ Attacks that are seeds played directly count for the Defender only: no Attacker 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from advgame.game.rewards import TreeRewards, mean_scores
 from advgame.game.tree import Attack, Category, Outcome, PairScore, Response, Sample, Tree
@@ -36,16 +37,35 @@ COMPLIANCE_ABOVE = 5.0
 _RESPONSE_OUTCOMES = (Outcome.OK, Outcome.ENGINE_FAILED, Outcome.LENGTH, Outcome.UNPARSABLE)
 
 
-def play_metrics(trees: Sequence[Tree], rewards: Sequence[TreeRewards], *, version: int) -> dict[str, float]:
-    """All metrics of one step's play. `version` is the weight version the step began with (for staleness)."""
+def play_metrics(
+    trees: Sequence[Tree], rewards: Sequence[TreeRewards], *, version: int, frozen: Collection[str] = ()
+) -> dict[str, float]:
+    """All metrics of one step's play.
+
+    version: the weight version the step began with, for staleness. frozen: names of players that have none. Over both
+    categories and all learning players there is `play/staleness` as well.
+    """
+    versions = {role: None if role in frozen else version for role in names.ROLES}
     pairs = list(zip(trees, rewards, strict=True))
     values: dict[str, float] = {}
     for category in Category:
         chosen = [(tree, reward) for tree, reward in pairs if tree.seed.category is category]
         if chosen:
-            own = {**_attacker(chosen, version), **_defender(chosen, version)}
+            own = {**_attacker(chosen, versions["attacker"]), **_defender(chosen, versions["defender"])}
             values |= {f"{category}/{key}": value for key, value in own.items()}
+    values |= _optional(names.STALENESS, _mean(_stale(trees, versions)))
     return values | judged_rates(trees)
+
+
+def _stale(trees: Iterable[Tree], versions: Mapping[str, int | None]) -> Iterator[float]:
+    """The staleness of every sample of a learning player."""
+    for tree in trees:
+        for attack in tree.attacks:
+            made = [("attacker", attack.sample), *(("defender", response.sample) for response in attack.responses)]
+            for role, sample in made:
+                version = versions[role]
+                if sample is not None and version is not None:
+                    yield float(version - sample.version)
 
 
 def judged_rates(trees: Iterable[Tree]) -> dict[str, float]:
@@ -72,7 +92,7 @@ def judged_rates(trees: Iterable[Tree]) -> dict[str, float]:
     return {key: rate for key, rate in rates.items() if rate is not None}
 
 
-def _attacker(chosen: Sequence[tuple[Tree, TreeRewards]], version: int) -> dict[str, float]:
+def _attacker(chosen: Sequence[tuple[Tree, TreeRewards]], version: int | None) -> dict[str, float]:
     groups = [
         [(attack, reward) for attack, reward in zip(t.attacks, r.attacks, strict=True) if not attack.direct]
         for t, r in chosen
@@ -89,7 +109,7 @@ def _attacker(chosen: Sequence[tuple[Tree, TreeRewards]], version: int) -> dict[
     return {f"attacker/{key}": value for key, value in values.items()}
 
 
-def _defender(chosen: Sequence[tuple[Tree, TreeRewards]], version: int) -> dict[str, float]:
+def _defender(chosen: Sequence[tuple[Tree, TreeRewards]], version: int | None) -> dict[str, float]:
     groups = [
         list(zip(attack.responses, inner, strict=True))
         for tree, reward in chosen
@@ -106,7 +126,7 @@ def _defender(chosen: Sequence[tuple[Tree, TreeRewards]], version: int) -> dict[
 def _player(
     groups: Sequence[Sequence[tuple[Attack | Response, float | None]]],
     outcomes: Sequence[Outcome],
-    version: int,
+    version: int | None,
 ) -> dict[str, float]:
     """What both players have in common; a group holds the siblings that compete for a pair."""
     played = [group for group in groups if group]
@@ -120,12 +140,13 @@ def _player(
     return values | _samples([item.sample for item, _ in everything if item.sample is not None], version)
 
 
-def _samples(samples: Sequence[Sample], version: int) -> dict[str, float]:
+def _samples(samples: Sequence[Sample], version: int | None) -> dict[str, float]:
     tokens = sum(len(sample.token_ids) for sample in samples)
     values: dict[str, float] = {}
     if samples:
-        stale = [version - sample.version for sample in samples]
         values["tokens"] = tokens / len(samples)
+    if samples and version is not None:
+        stale = [version - sample.version for sample in samples]
         values["staleness"] = sum(stale) / len(stale)
         values["staleness_max"] = float(max(stale))
     if tokens:

@@ -7,7 +7,22 @@ STAGES = ("play", "learn", "publish", "validate")
 """Stages of a step, in order; the seconds spent in one are logged as `stage_seconds(stage)`."""
 
 STEP_SECONDS = "seconds/step"
+HIDDEN_SECONDS = "seconds/hidden"
+"""What overlap hid: the seconds of play, learning and publishing beyond the wall time they took together."""
+
 TREES_PER_SECOND = "play/trees_per_second"
+"""Trees that ended in the step over the seconds in which trees were in flight."""
+TREES_PER_HOUR = "play/trees_per_hour"
+"""Trees learned from over the whole step, evaluation left out."""
+JUDGE_SHARE = "play/judge_share"
+"""The judge's part of the engine-seconds of all roles."""
+STALENESS = "play/staleness"
+"""Mean number of publishes between a sample of a learning player and the step that learns from it."""
+LATE_TREES = "play/late_trees"
+"""Trees of earlier steps among those learned from."""
+
+TIMED = ("seconds/", "publish/", TREES_PER_SECOND, TREES_PER_HOUR, JUDGE_SHARE)
+"""How the names begin that depend on the clock: equal runs differ in these and in no others."""
 
 ASR = "harmful/asr_judged"
 COMPLIANCE = "benign/compliance_judged"
@@ -38,6 +53,16 @@ def stage_seconds(stage: str) -> str:
 def first_token_seconds(player: str) -> str:
     """From the end of a step's learning to the first token sampled, in the next step, with the weights it made."""
     return f"seconds/first_token/{player}"
+
+
+def engine_seconds(role: str) -> str:
+    """Seconds with at least one request of this role (attacker, defender, judge) in flight."""
+    return f"seconds/engine/{role}"
+
+
+def request_seconds(role: str) -> str:
+    """Seconds of all requests of this role, added up."""
+    return f"seconds/requests/{role}"
 
 
 def reward(category: str, role: str) -> str:

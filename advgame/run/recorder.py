@@ -63,14 +63,7 @@ class Recorder:
         if path.exists():
             raise InputError(f"{path}: trees of step {step} are recorded already; rewind the recorder first")
         temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("wb") as raw:
-            # No file name and time inside: equal trees give equal bytes. Level 6: a third of level 9's time.
-            with gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=6, mtime=0) as packed:
-                for tree, reward in zip(trees, rewards, strict=True):
-                    line = json.dumps(encode_tree(tree, reward), separators=(",", ":"))
-                    packed.write(line.encode() + b"\n")
-            raw.flush()
-            os.fsync(raw.fileno())
+        write_trees(temporary, trees, rewards)
         temporary.replace(path)
         return path
 
@@ -123,6 +116,18 @@ def tree_files(folder: Path) -> list[Path]:
     """The tree files that count (none set aside by a rewind), by step."""
     named = [(int(match.group(1)), p) for p in folder.iterdir() if (match := _TREE_FILE.fullmatch(p.name))]
     return [path for _, path in sorted(named)]
+
+
+def write_trees(path: Path, trees: Sequence[Tree], rewards: Sequence[TreeRewards]) -> None:
+    """A gzip file with one line a tree; equal trees give equal bytes."""
+    with path.open("wb") as raw:
+        # No file name and time inside. Level 6: a third of level 9's time.
+        with gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=6, mtime=0) as packed:
+            for tree, reward in zip(trees, rewards, strict=True):
+                line = json.dumps(encode_tree(tree, reward), separators=(",", ":"))
+                packed.write(line.encode() + b"\n")
+        raw.flush()
+        os.fsync(raw.fileno())
 
 
 def read_trees(path: Path) -> Iterator[RecordedTree]:

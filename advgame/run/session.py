@@ -26,6 +26,8 @@ from advgame.learn.learner import Learner
 from advgame.rollout.chat import ChatFormat, load_tokenizer
 from advgame.rollout.endpoint_engine import EndpointSpeaker
 from advgame.rollout.engine import Engine, Sampling
+from advgame.rollout.meter import Meter
+from advgame.rollout.sampler_process import SamplerProcess
 from advgame.rollout.speaker import Speaker
 from advgame.run.engines import check_engines, judge_engine, notes_of, open_endpoint_speaker, open_engine
 from advgame.world.world import World, open_world
@@ -45,7 +47,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Session:
-    """A run in memory. `others`: what samples beside the players (the judge's engine or speaker)."""
+    """A run in memory.
+
+    others: what samples beside the players (the judge's engine or speaker). meters: the time of every role that is
+    sampled by an engine or a server.
+    """
 
     config: Config
     world: World | None
@@ -56,10 +62,16 @@ class Session:
     rewards: RewardRules
     others: tuple[Engine | EndpointSpeaker, ...] = ()
     counters: Counter[str] = field(default_factory=Counter)
+    meters: dict[str, Meter] = field(default_factory=dict)
 
     @property
     def learners(self) -> dict[str, Learner]:
         return {side.name: side.learner for side in self.sides if side.learner is not None}
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Roles that never learn."""
+        return frozenset(role.value for side in self.sides if side.learner is None for role in side.roles)
 
     @property
     def direct_table(self) -> Table:
@@ -157,7 +169,11 @@ def open_session(plan: Plan, cache: Path | None = None, progress: Progress | Non
         validation = validation or world_validation(world, config)
 
     counters: Counter[str] = Counter()
+    meters: dict[str, Meter] = {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    # learning and sampling in one process would take turns at Python's lock
+    elsewhere = SamplerProcess() if config.run.ahead and device.type == "cpu" else None
 
     def tokenizer_of(folder: Path, name: str) -> PreTrainedTokenizerBase:
         if folder not in tokenizers:
@@ -177,12 +193,14 @@ def open_session(plan: Plan, cache: Path | None = None, progress: Progress | Non
             learner=learner,
             counters=counters,
             device=device,
+            elsewhere=elsewhere,
         )
 
     def speaker_of(name: str, engine: Engine, folder: Path, sampling: SamplingSettings) -> Speaker:
         chat = ChatFormat(tokenizer_of(folder, name))
         how = Sampling(sampling.temperature, sampling.top_p, sampling.max_tokens)
-        return Speaker(name, engine, chat, how, config.run.seed, config.rollout.retries, counters=counters)
+        meter = meters.setdefault(name, Meter())
+        return Speaker(name, engine, chat, how, config.run.seed, config.rollout.retries, counters=counters, meter=meter)
 
     def side_of(name: str, roles: tuple[Role, ...], folder: Path, settings: PlayerSettings) -> Side:
         learner = None
@@ -194,6 +212,7 @@ def open_session(plan: Plan, cache: Path | None = None, progress: Progress | Non
                 field=f"{name}.model",
                 lr=settings.lr,
                 ema=config.rollout.source == "ema",
+                ahead=config.run.ahead == 1,
                 device=device,
                 remote_code=config.trust_remote_code,
             )
@@ -222,6 +241,7 @@ def open_session(plan: Plan, cache: Path | None = None, progress: Progress | Non
     elif (kind := judge_engine(config)) == "endpoint":
         remote = open_endpoint_speaker(config, counters)
         others.append(remote)
+        meters["judge"] = remote.meter
         judge = LLMJudge(remote, templates, config.judge.samples, config.judge.swap)
     else:
         folder = config.judge.model
@@ -235,7 +255,7 @@ def open_session(plan: Plan, cache: Path | None = None, progress: Progress | Non
     assert stream is not None, "a config has a seed file or a world"
     table = Table(attacker, defender, judge, templates, _rules(config))
     rewards = RewardRules(config.game.attacker_judge, config.game.optimistic, zero_sum=config.game.self_play)
-    return Session(config, world, stream, validation, tuple(sides), table, rewards, tuple(others), counters)
+    return Session(config, world, stream, validation, tuple(sides), table, rewards, tuple(others), counters, meters)
 
 
 def load_templates(config: Config, world_templates: Path | None) -> Templates:

@@ -6,8 +6,9 @@ import models
 import pytest
 import torch
 
+from advgame.rollout.batch_sampler import nucleus
 from advgame.rollout.engine import EngineError, Request, Sampling, stream_seed
-from advgame.rollout.transformers_engine import TransformersEngine, nucleus
+from advgame.rollout.transformers_engine import TransformersEngine
 
 PROMPTS = [(3, 9, 10), (3, 9, 10, 11, 12, 13), (3, 14)]
 

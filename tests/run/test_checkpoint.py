@@ -208,7 +208,14 @@ def other_shape(**changes):
         (other_shape(num_hidden_layers=3), "num_hidden_layers is 2"),
         (other_shape(tied=False), "tie_word_embeddings is True"),
         (other_shape(head_dim=4), r"q_proj.* is float32\[16, 16\] in the checkpoint, float32\[8, 16\]"),
-        (lambda: {"shared": player_of()}, r"holds players \['defender'\], this run has \['shared'\]"),
+        (
+            lambda: {"shared": player_of()},
+            r"holds players \['defender'\], this run has \['shared'\]; set .*self_play: false",
+        ),
+        (
+            lambda: {"attacker": player_of(), "defender": player_of()},
+            r"holds players \['defender'\].*resume with the saved attacker.frozen and game.skip_attacker",
+        ),
         (lambda: {"defender": player_of(ema=False)}, r"EMA of .* is float32.* absent in this run"),
         (lambda: {"defender": replace(player_of(), optimizer=None)}, "checkpoint has an optimizer, this run has none"),
         (lambda: {"defender": player_of(model=model_of().bfloat16())}, "is float32.* bfloat16"),

@@ -21,6 +21,11 @@ STEP = {
     names.reward("harmful", "attacker"): 3.5,
     names.ASR: 0.25,
     names.loss("defender"): 0.6931,
+    names.HIDDEN_SECONDS: 0.5,
+    names.TREES_PER_HOUR: 1234.0,
+    names.engine_seconds("judge"): 1.5,
+    names.JUDGE_SHARE: 0.61,
+    names.STALENESS: 1.0,
     "count/defender_failures": 2.0,
     "count/attacker_failures": 0.0,
 }
@@ -42,7 +47,18 @@ def test_lines_without_a_terminal(tmp_path):
         view.note("saved [a/b] here")
     lines = console.file.getvalue().splitlines()
     assert [line.split()[1] for line in lines[:-1]] == ["10/25", "20/25", "25/25"]
-    for part in ("eta 0:00", "s/step 2.00", "play 1.25", "A harmful 3.50", "asr 0.25", "defender_failures 2"):
+    for part in (
+        "eta 0:00",
+        "s/step 2.00",
+        "play 1.25",
+        "hidden 0.50",
+        "trees/h 1234",
+        "judge 61%",
+        "stale 1.00",
+        "A harmful 3.50",
+        "asr 0.25",
+        "defender_failures 2",
+    ):
         assert part in lines[2]
     assert "attacker_failures" not in lines[2], "a counter at zero is not shown"
     assert lines[-1] == "saved [a/b] here", "brackets are not markup"
@@ -80,6 +96,8 @@ def test_table_at_a_terminal():
         view.note("checkpoint written")
     text = console.file.getvalue()
     for part in ("1/10", "Attacker", "Defender", "0.6931", "trees/s", "exploitability 0.500", "defender_failures 2"):
+        assert part in text
+    for part in ("hidden 0.50", "1234 trees/h", "judge 1.50 s", "judge's share 61%", "staleness 1.00"):
         assert part in text
     assert "checkpoint written" in text
 

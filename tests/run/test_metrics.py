@@ -52,6 +52,17 @@ def test_by_hand():
     assert all(type(value) is float and math.isfinite(value) for value in values.values())
 
 
+def test_staleness_is_of_players_that_learn():
+    played = one_of_everything()
+    assert play_metrics(*played, version=4)["play/staleness"] == pytest.approx(7 / 6)  # versions 3 x 5 and 2
+    values = play_metrics(*played, version=4, frozen={"attacker"})
+    assert values["play/staleness"] == 1.0
+    assert "harmful/attacker/staleness" not in values
+    assert "harmful/attacker/staleness_max" not in values
+    assert values["harmful/defender/staleness"] == 1.0
+    assert "play/staleness" not in play_metrics(*played, version=4, frozen={"attacker", "defender"})
+
+
 @pytest.mark.parametrize(
     ("category", "scores", "rate"),
     [

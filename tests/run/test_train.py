@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from advgame import cli
+from advgame.run import names
 
 
 def seed_file(path, rows=6):
@@ -55,7 +56,7 @@ def metrics(run):
     """Rows without what may differ between equal runs: clock and attempt."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     own = ("time", "attempt")
-    timed = ("seconds/", "play/trees_per_second")
+    timed = names.TIMED
     return [{k: v for k, v in row.items() if k not in own and not k.startswith(timed)} for row in rows]
 
 
@@ -132,6 +133,29 @@ def test_ctrl_c_saves_and_leaves_cleanly(words, tmp_path):
     assert cli.main(["resume", str(run), "--quiet", "--run.steps", str(done + 2)]) == 0
     assert (run / "summary.json").exists()
     assert [row["step"] for row in metrics(run)] == list(range(done + 3))
+
+
+def test_ctrl_c_in_the_final_evaluation(words, tmp_path):
+    """The evaluation is left, the run is saved whole, and a resume makes up for it."""
+    held = seed_file(tmp_path / "many.jsonl", rows=200)
+    command = [sys.executable, "-m", "advgame.cli", *words, "--run.steps", "2", "--run.name", "cut"]
+    command += ["--data.validation", f"[{held}]", "--data.validation_limit", "400", "--rollout.batch", "64"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run, deadline = tmp_path / "cut", time.monotonic() + 120
+    while not (run / "checkpoints" / "step-000002").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    assert "before the final evaluation, which is missing" in (run / "log.txt").read_text()
+    assert not (run / "summary.json").exists()
+    assert [row["step"] for row in metrics(run)] == [0, 1]
+    assert cli.main(["resume", str(run), "--quiet", "--data.validation_limit", "2"]) == 0
+    assert [row["step"] for row in metrics(run)] == [0, 1, 2]
+    assert (run / "summary.json").exists()
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3"])

@@ -65,6 +65,24 @@ def test_a_run_on_vllm_and_its_resume(words, tmp_path):
 
 
 @pytest.mark.slow
+def test_ahead_with_late_trees_on_vllm(words, tmp_path):
+    """Learning in a thread beside the engine's front end; nothing is lost, and every sample says its version."""
+    from advgame.run.recorder import read_trees, tree_files
+
+    pytest.importorskip("vllm")
+    overlap = ["--run.ahead", "1", "--run.carry_over", "0.25", "--run.deterministic", "false"]
+    assert cli.main([*words, "--run.name", "c", *overlap, "--learn.reference", "rollout"]) == 0
+    run = tmp_path / "c"
+    found = [(int(file.name[:6]), one.tree) for file in tree_files(run / "trees") for one in read_trees(file)]
+    assert sorted((tree.step, tree.index) for _, tree in found) == [(step, i) for step in range(4) for i in range(8)]
+    for step, tree in found:
+        assert step - 1 <= tree.step <= step
+        versions = {response.sample.version for attack in tree.attacks for response in attack.responses}
+        assert all(max(0, tree.step - 1) <= version <= step for version in versions)
+    assert [row["play/staleness"] > 0 for row in rows_of(run)[:4]] == [False, True, True, True]
+
+
+@pytest.mark.slow
 def test_an_engine_that_dies_is_replaced_within_a_run(words, tmp_path, monkeypatch):
     import os
     import signal

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from advgame import cli
+from advgame.run import names
 
 pytestmark = pytest.mark.slow
 
@@ -151,7 +152,7 @@ def test_the_same_seed_gives_the_same_metrics(tmp_path, monkeypatch):
 
     def metrics(folder):
         run = train(folder, "--run.steps", 6)
-        timed = ("seconds/", "play/trees_per_second")
+        timed = names.TIMED
         own = ("time", "attempt")
         return [{k: v for k, v in row.items() if k not in own and not k.startswith(timed)} for row in rows(run)]
 
