@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
 from advgame.errors import InputError
-from advgame.rollout.settings import EndpointSettings, RolloutSettings, Section
+from advgame.rollout.settings import EndpointSettings, RolloutSettings
+from advgame.settings import Section
 from advgame.world.settings import WorldSettings
 
 Fraction = Annotated[float, Field(ge=0, le=1)]

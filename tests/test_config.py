@@ -94,6 +94,8 @@ BAD_TREES = {
     "self-play with pairs": (with_(game={"self_play": True}), "game.self_play: Self-RedTeam needs"),
     "off-policy reinforce": (with_(learn={"objective": "reinforce"}), "learn.objective: reinforce is on-policy"),
     "not finite": ({"learn": {"lr": float("inf")}}, "learn.lr: input should be a finite number"),
+    "world not finite": ({"world": {"warm_lr": float("nan")}}, "world.warm_lr: input should be a finite number"),
+    "world infinite": ({"world": {"warm_lr": float("inf")}}, "world.warm_lr: input should be a finite number"),
     "no seeds": (with_(data={"train": "x", "harmful": 0, "benign": 0}), "data.harmful, data.benign: a step needs"),
 }
 

@@ -216,7 +216,7 @@ def open_session(plan: Plan, cache: Path | None = None, progress: Progress | Non
     others: list[Engine | EndpointSpeaker] = []
     if config.judge.kind == "rule":
         assert world is not None, "checked by the config"
-        judge = world.judge(config.judge.noise, config.judge.bias)
+        judge = world.judge(config.judge.noise, config.judge.bias, config.run.seed)
     elif config.judge.kind == "phrases":
         judge = PhraseJudge()
     elif (kind := judge_engine(config)) == "endpoint":

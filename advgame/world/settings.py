@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from advgame.settings import Section
 
 
-class WorldSettings(BaseModel):
+class WorldSettings(Section):
     """Decides the world's own randomness and how its players are made before the game starts."""
-
-    model_config = ConfigDict(extra="forbid")
 
     level: Literal["easy", "hard"] = Field(
         "easy",

@@ -86,9 +86,9 @@ class World:
     def _players(self) -> dict[PlayerRole, Path]:
         return ensure_players(self.settings, [PlayerRole.ATTACKER, PlayerRole.DEFENDER], self.cache, self.progress)
 
-    def judge(self, noise: float = 0.0, bias: float = 0.0) -> RuleJudge:
-        """The world's judge; see `RuleJudge` for what noise and bias do."""
-        return RuleJudge(noise, bias)
+    def judge(self, noise: float = 0.0, bias: float = 0.0, seed: int = 0) -> RuleJudge:
+        """The world's judge by rule; see `RuleJudge` for what noise, bias and the run's seed do."""
+        return RuleJudge(noise, bias, seed)
 
     def discloses(self, seed: Seed, answer: str) -> bool:
         """Whether the whole answer gives away the tool or action that the seed asks for (leaks included)."""
