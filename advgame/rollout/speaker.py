@@ -27,8 +27,10 @@ class Asks(Protocol):
 
     counters: Counter[str]
 
-    async def ask(self, user: str, key: tuple[int, ...], sampling: Sampling | None = None) -> tuple[Sample | None, str]:
-        """(what was sampled, its text); (None, "") when nothing came back."""
+    async def ask(
+        self, user: str, key: tuple[int, ...], sampling: Sampling | None = None, stop: tuple[str, ...] = ()
+    ) -> tuple[Sample | None, str]:
+        """(what was sampled, its text); (None, "") when nothing came back. `stop`: as in `Request`."""
 
 
 @dataclass
@@ -45,10 +47,12 @@ class Speaker:
     counters: Counter[str] = field(default_factory=Counter)
     last_error: str = ""
 
-    async def ask(self, user: str, key: tuple[int, ...], sampling: Sampling | None = None) -> tuple[Sample | None, str]:
+    async def ask(
+        self, user: str, key: tuple[int, ...], sampling: Sampling | None = None, stop: tuple[str, ...] = ()
+    ) -> tuple[Sample | None, str]:
         """(what was sampled, its text); (None, "") when the engine failed `retries + 1` times."""
         prompt_ids = self.chat.prompt_ids(user)
-        request = Request(prompt_ids, sampling or self.sampling, key, stream_seed(self.run_seed, key))
+        request = Request(prompt_ids, sampling or self.sampling, key, stream_seed(self.run_seed, key), stop)
         for attempt in range(self.retries + 1):
             self.counters[f"{self.name}_requests"] += 1
             try:

@@ -13,10 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from advgame.game.tree import Sample
-from advgame.rollout.engine import EngineError, Request
+from advgame.rollout.engine import EngineError, Request, end_of_stop
+
+Decode = Callable[[Sequence[int]], str]
+"""Token ids to text, special tokens left out."""
 
 QUIET_SPINS = 24
 """Event-loop turns without a new request after which a batch is complete: the longest chain of coroutines
@@ -29,6 +39,7 @@ class TransformersEngine:
     deterministic: batches are formed in this thread, from all requests that wait once every tree is blocked, in
         the order of their keys; the same trees make the same batches. Otherwise a batch runs in a worker thread
         and the next one takes whatever has arrived meanwhile.
+    decode: the tokenizer's, for requests with stop texts; without it they are refused.
     """
 
     def __init__(
@@ -40,6 +51,7 @@ class TransformersEngine:
         batch: int = 256,
         deterministic: bool = True,
         version: int = 0,
+        decode: Decode | None = None,
     ):
         self.model = model.eval().requires_grad_(False)
         # the folder's own generation_config (penalties, top-k) would shape the scores that log-probs are read from
@@ -49,6 +61,8 @@ class TransformersEngine:
         self._batch = batch
         self._deterministic = deterministic
         self._version = version
+        self._decode = decode
+        self._texts: dict[int, str] = {}
         self._waiting: list[tuple[Request, asyncio.Future[Sample]]] = []
         self._worker: asyncio.Task[None] | None = None
         self._idle = asyncio.Lock()
@@ -68,6 +82,8 @@ class TransformersEngine:
                 f"prompt of {len(request.prompt_ids)} tokens + max_tokens {request.sampling.max_tokens} exceeds "
                 f"the model's {limit} positions"
             )
+        if request.stop and self._decode is None:
+            raise EngineError("a stop text was asked for, and this engine has no tokenizer")
         future: asyncio.Future[Sample] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, future))
         if self._worker is None or self._worker.done():
@@ -132,6 +148,9 @@ class TransformersEngine:
             mask[row, width - len(request.prompt_ids) :] = 1
         longest = max(r.sampling.max_tokens for r in requests)
         sampler = RowSampler(requests, longest, device)
+        stops = None
+        if self._decode is not None and any(r.stop for r in requests):
+            stops = TextStops(requests, self._decode, self._texts)
         settings = GenerationConfig(
             max_new_tokens=longest,
             do_sample=False,
@@ -144,15 +163,17 @@ class TransformersEngine:
             attention_mask=mask.to(device),
             generation_config=settings,
             logits_processor=LogitsProcessorList([sampler]),
+            stopping_criteria=StoppingCriteriaList([] if stops is None else [stops]),
         )
         tokens = out[:, width:].cpu().tolist()
         logprobs = torch.stack(sampler.logprobs, 1).cpu().tolist()
-        return [self._cut(r, t, lp) for r, t, lp in zip(requests, tokens, logprobs, strict=True)]
+        ends = [None] * len(requests) if stops is None else stops.ends
+        return [self._cut(r, t, lp, end) for r, t, lp, end in zip(requests, tokens, logprobs, ends, strict=True)]
 
-    def _cut(self, request: Request, tokens: list[int], logprobs: list[float]) -> Sample:
-        """Ends a row at its first stop token or at its own max_tokens."""
+    def _cut(self, request: Request, tokens: list[int], logprobs: list[float], end: int | None) -> Sample:
+        """Ends a row at its first stop token, behind its stop text (`end` tokens) or at its own max_tokens."""
         for i, token in enumerate(tokens[: request.sampling.max_tokens]):
-            if token in self._stop_ids:
+            if token in self._stop_ids or i + 1 == end:
                 return self._made(request, tokens[: i + 1], logprobs[: i + 1], "stop")
         limit = request.sampling.max_tokens
         return self._made(request, tokens[:limit], logprobs[:limit], "length")
@@ -198,6 +219,37 @@ class RowSampler(LogitsProcessor):
             chosen = torch.where(self._greedy.unsqueeze(1), scores.argmax(-1, keepdim=True), chosen)
         self.logprobs.append((scores.gather(1, chosen) - scores.logsumexp(-1, keepdim=True)).squeeze(1))
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+class TextStops(StoppingCriteria):
+    """Ends each row at the token that completes one of its request's stop texts.
+
+    ends: for each row the number of tokens up to and with that one, None while there is none. `texts` keeps the text
+    of single tokens between calls: only a token that holds the last character of a stop text can complete it, and only
+    then the row's end is decoded.
+    """
+
+    def __init__(self, requests: Sequence[Request], decode: Decode, texts: dict[int, str]):
+        self.ends: list[int | None] = [None] * len(requests)
+        self._stops = [request.stop for request in requests]
+        self._decode, self._texts = decode, texts
+        self._tokens: list[list[int]] = [[] for _ in requests]
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:  # (rows, prompt + step) -> (rows,) bool
+        for row, token in enumerate(input_ids[:, -1].tolist()):
+            tokens, stop = self._tokens[row], self._stops[row]
+            tokens.append(token)
+            if self.ends[row] is None and stop and self._may_end(token, stop):
+                # a token of a stop text holds at least one of its characters
+                tail = tokens[-max(map(len, stop)) :]
+                if end_of_stop(self._decode(tail), stop) is not None:
+                    self.ends[row] = len(tokens)
+        return torch.tensor([end is not None for end in self.ends], device=input_ids.device)
+
+    def _may_end(self, token: int, stop: Sequence[str]) -> bool:
+        if token not in self._texts:
+            self._texts[token] = self._decode([token])
+        return any(word[-1] in self._texts[token] for word in stop)
 
 
 def nucleus(probs: Tensor, top_p: Tensor) -> Tensor:  # (rows, vocab), (rows, 1)

@@ -29,9 +29,12 @@ WATCH_S = 0.5
 class VllmEngine:
     """One model behind AsyncLLM, in a process of its own.
 
+    text_stops: vLLM loads the folder's tokenizer, so that requests may stop at a text; without it they are refused.
+
     channel: how weights arrive; None for a model that never changes. restore: writes the weights of the current
     version, asked after a restart (None: the folder's own are the current ones). counters: `<name>_restarts`,
-    `<name>_publish_failures`. first_answer: seconds from the beginning of the newest publish to the end of the first
+    `<name>_publish_failures`, and of all prompts `<name>_prompt_tokens` and, found in the prefix cache,
+    `<name>_cached_tokens`. first_answer: seconds from the beginning of the newest publish to the end of the first
     completion that it made. Use from one event loop only.
     """
 
@@ -47,12 +50,14 @@ class VllmEngine:
         restore: Write | None = None,
         version: int = 0,
         counters: Counter[str] | None = None,
+        text_stops: bool = False,
     ):
         self.folder, self.name, self.settings = folder, name, settings
         self.restore = restore
         self.counters = Counter[str]() if counters is None else counters
         self.last_publish = PublishTimes()
         self._dtype = dtype
+        self._text_stops = text_stops
         self._stop_ids = list(stop_ids)
         self._channel = channel
         self._version = version
@@ -101,6 +106,8 @@ class VllmEngine:
         if made.finish_reason not in ("stop", "length"):
             raise EngineError(f"{self.name}: the request ended by {made.finish_reason}")
         tokens = tuple(made.token_ids)
+        self.counters[f"{self.name}_prompt_tokens"] += len(request.prompt_ids)
+        self.counters[f"{self.name}_cached_tokens"] += getattr(final, "num_cached_tokens", None) or 0
         logprobs = tuple(step[token].logprob for step, token in zip(made.logprobs, tokens, strict=True))
         # older vLLM stamps nothing; then nothing runs during a publish (`finish`) and the engine's version is right
         spans = getattr(made, "weight_versions", None)
@@ -189,7 +196,11 @@ class VllmEngine:
         """Starts a process; nobody sees it before it has its weights and carries its version."""
         channel = self._channel
         arguments = vllm_start.engine_arguments(
-            self.folder, self.settings, dtype=self._dtype, direct=channel is not None and channel.direct
+            self.folder,
+            self.settings,
+            dtype=self._dtype,
+            direct=channel is not None and channel.direct,
+            tokenizer=self._text_stops,
         )
         llm = None
         try:
@@ -271,6 +282,8 @@ class VllmEngine:
         ids, most = request.prompt_ids, request.sampling.max_tokens
         if not ids:
             raise EngineError(f"{self.name}: the prompt is empty")
+        if request.stop and not self._text_stops:
+            raise EngineError(f"{self.name}: a stop text was asked for, and this engine has no tokenizer")
         if len(ids) + most > self._positions:
             raise EngineError(
                 f"{self.name}: prompt of {len(ids)} tokens + max_tokens {most} exceeds the engine's "
@@ -290,7 +303,9 @@ class VllmEngine:
             seed=request.seed,
             stop_token_ids=self._stop_ids,
             logprobs=0,
-            detokenize=False,
+            stop=list(request.stop) or None,
+            include_stop_str_in_output=bool(request.stop),
+            detokenize=bool(request.stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 

@@ -14,7 +14,7 @@ from advgame.config import Config
 from advgame.learn.learner import Learner, load_model
 from advgame.rollout import vllm_start
 from advgame.rollout.channel import Channel
-from advgame.rollout.chat import stop_ids
+from advgame.rollout.chat import ChatFormat, stop_ids
 from advgame.rollout.endpoint_engine import EndpointSpeaker, check_endpoint
 from advgame.rollout.engine import Engine, Sampling
 from advgame.rollout.transformers_engine import TransformersEngine
@@ -58,7 +58,10 @@ def open_engine(
     counters: Counter[str],
     device: torch.device,
 ) -> Engine:
-    """The engine of one model; `learner` is who publishes to it, None for a frozen one. vLLM starts with `start`."""
+    """The engine of one model; `learner` is who publishes to it, None for a frozen one. vLLM starts with `start`.
+
+    The judge's (`name`) can stop at a text.
+    """
     stops = stop_ids(folder, tokenizer)
     if kind == "vllm":
         return VllmEngine(
@@ -70,6 +73,7 @@ def open_engine(
             channel=None if learner is None else open_channel(config, folder, learner.parameters),
             restore=None if learner is None else learner.serve_into,
             counters=counters,
+            text_stops=name == "judge",
         )
     model = load_model(folder, field, dtype=getattr(torch, config.rollout.dtype), remote_code=config.trust_remote_code)
     return TransformersEngine(
@@ -78,6 +82,7 @@ def open_engine(
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0],
         batch=config.rollout.batch,
         deterministic=config.run.deterministic,
+        decode=ChatFormat(tokenizer).text,
     )
 
 

@@ -20,7 +20,7 @@ from advgame.rollout.speaker import Speaker
 from advgame.rollout.vllm_engine import VllmEngine
 from advgame.run import names
 from advgame.run.checkpoint import PlayerState, TrainState, save_checkpoint
-from advgame.run.evaluate import exact, sampled_success, validate
+from advgame.run.evaluate import exact, examine_judge, judge_metrics, sampled_success, validate
 from advgame.run.folder import RunFolder
 from advgame.run.live import LiveView
 from advgame.run.metrics import play_metrics
@@ -87,18 +87,20 @@ async def train(
         measured = {}
         with clock.stage("validate"):
             if step == 0:
-                measured = progress.before = await measure(session, step)
+                measured = progress.before = await examine_judge(session) | await measure(session, step)
             elif run.validate_every and step % run.validate_every == 0:
                 measured = await validate(session, step)
             if step and run.exact_every and step % run.exact_every == 0:
                 measured |= exact(session)
         if interrupted():
             break
+        counted = Counter(session.counters)
         with clock.stage("play"):
             trees = await play_batch(
                 session.table, session.seeds.batch(step), step, in_flight=session.config.rollout.in_flight
             )
         check_answered(session, trees, step)
+        judged = judge_metrics(session, trees, counted)
         rewards = [tree_rewards(tree, session.rewards) for tree in trees]
         with clock.stage("learn"):
             learned = learn(session, list(zip(trees, rewards, strict=True)), step)
@@ -109,7 +111,7 @@ async def train(
         progress.step += 1
         seconds = time.perf_counter() - started
         progress.seconds += seconds
-        values = play_metrics(trees, rewards, version=step) | learned | measured | publish_times(session)
+        values = play_metrics(trees, rewards, version=step) | judged | learned | measured | publish_times(session)
         values |= {f"{names.COUNTER_PREFIX}{k}": float(v) for k, v in session.counters.items() if _is_problem(k)}
         values |= {names.stage_seconds(stage): s for stage, s in clock.seconds.items()}
         values |= {names.STEP_SECONDS: seconds, names.TREES_PER_SECOND: len(trees) / clock.seconds["play"]}
