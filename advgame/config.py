@@ -158,6 +158,10 @@ class Config(Section):
     trust_remote_code: bool = Field(False, description="Let model folders run their own Python code.")
 
 
+def _says_verdict_length(judge: JudgeSettings) -> bool:
+    return "sampling" in judge.model_fields_set and "max_tokens" in judge.sampling.model_fields_set
+
+
 WORLD_VERDICT_TOKENS = 16
 """Longest completion of the world's own judge unless the settings say another; its verdicts have 8 tokens."""
 MOST_VERDICT_TOKENS = 128
@@ -193,7 +197,7 @@ def build_config(tree: dict[str, Any], source: str) -> Config:
             raise InputError(f"{source}: {problem}")
     if config.world is not None:
         config.world.reasoning = config.game.reasoning
-    if world_judges(config) and "max_tokens" not in config.judge.sampling.model_fields_set:
+    if world_judges(config) and not _says_verdict_length(config.judge):
         # the default is meant for judges that reason; all positions of the world's own would not hold it
         config.judge.sampling.max_tokens = WORLD_VERDICT_TOKENS
     return config
@@ -315,7 +319,7 @@ def _judge(c: Config) -> str | None:
         return "judge.model: an llm judge needs a model folder (or judge.endpoint a server)"
     if world_judges(c):
         most = c.judge.sampling.max_tokens
-        if "max_tokens" in c.judge.sampling.model_fields_set and most > MOST_VERDICT_TOKENS:
+        if _says_verdict_length(c.judge) and most > MOST_VERDICT_TOKENS:
             return f"judge.sampling.max_tokens: {most} leaves the world's own judge no room to read; set 16"
         if c.judge.style != "reason":
             return "judge.style: the world's own judge writes bare verdicts, it knows no other form; leave this out"
