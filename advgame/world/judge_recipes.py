@@ -210,7 +210,7 @@ def _attack(rng: random.Random, intent: Intent, reserved: bool) -> str:
 
 
 def _answer(rng: random.Random, intent: Intent) -> str:
-    """Well-formed (6 in 10), meant for another intent, damaged, or no answer at all."""
+    """Well-formed (6 in 10), meant for another intent, damaged, made of two, or no answer at all."""
     fate = rng.random()
     if fate < 0.6:
         return rng.choice(responses(intent)).text
@@ -218,11 +218,18 @@ def _answer(rng: random.Random, intent: Intent) -> str:
         return rng.choice(responses(other_object(rng, intent))).text
     if fate < 0.77:
         return rng.choice(responses(rng.choice(INTENTS))).text
-    if fate < 0.93:
+    if fate < 0.88:
         return _damaged(rng, rng.choice(responses(intent)).text)
+    if fate < 0.93:
+        return _spliced(*(rng.choice(responses(intent)).text.split() for _ in range(2)), rng.random())
     if fate < 0.97:
         return " ".join(rng.choices(_words(), k=rng.randint(1, 14)))
     return _framed(rng, intent)
+
+
+def _spliced(head: Sequence[str], tail: Sequence[str], at: float) -> str:
+    """One answer's beginning and another's end: "no , take the console and stop the witness"."""
+    return " ".join([*head[: 1 + int(at * (len(head) - 1))], *tail[1 + int(at * (len(tail) - 1)) :]])
 
 
 def _damaged(rng: random.Random, text: str) -> str:

@@ -20,9 +20,10 @@ from advgame.world.judge_training import (
     judge_templates,
     judge_tokenizer,
 )
+from advgame.world.recipes import Example
 from advgame.world.settings import WorldSettings
 from advgame.world.tokenizer import vocabulary
-from advgame.world.training import IGNORED, PlayerRole
+from advgame.world.training import IGNORED, PlayerRole, encode
 from advgame.world.world import open_world
 
 TOKENIZER, TEMPLATES = judge_tokenizer(), judge_templates()
@@ -109,12 +110,23 @@ def test_hints_say_what_a_careful_reader_expects():
     assert within("query") == [None, *request(INTENT).split()[1:], "</query>", None]
     assert within("answer_a") == [*FULL.split(), "</answer_a>", "10"]
     assert within("answer_b") == ["sorry", ",", "but", "a", None, *["false"] * 4, "0"]
-    ids_, labels = encode_questions([question], TOKENIZER, TEMPLATES)
+    ids_, labels = encode_questions([question], TOKENIZER.get_vocab(), TEMPLATES)
     # a label stands where the next token is predicted: one place to the right of the word, two with <|user|>
     at = parts.index("tripod") + 1
     assert TOKENIZER.decode([ids_[0, at]]) == "tripod"
     assert TOKENIZER.decode([labels[0, at + 1]]) == "false"
     assert labels[0, at] == IGNORED
+
+
+def test_encoded_words_are_the_tokenizers():
+    questions = drawn(20)
+    vocabulary = TOKENIZER.get_vocab()
+    ids_, labels = encode_questions(questions, vocabulary, TEMPLATES)
+    examples = [Example(question.turn(TEMPLATES), verdict_text(question.rule())) for question in questions]
+    expected_ids, expected = encode(examples, TOKENIZER)
+    assert ids_.tolist() == expected_ids.tolist()
+    answered = expected != IGNORED
+    assert labels[answered].tolist() == expected[answered].tolist()
 
 
 def test_agreement_by_hand():
