@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
 from advgame.errors import InputError
-from advgame.rollout.settings import EndpointSettings, RolloutSettings, Section
+from advgame.rollout.settings import EndpointSettings, RolloutSettings
+from advgame.settings import Section
 from advgame.world.settings import WorldSettings
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -78,7 +79,9 @@ class JudgeSettings(Section):
         "llm",
         description="rule: the world's exact judge; llm: a language model; phrases: refusal phrases, smoke tests only.",
     )
-    model: Path | None = Field(None, description="Model folder of an llm judge.")
+    model: Path | None = Field(
+        None, description="Model folder of an llm judge; null with a world: its own small judge, taught by the rule."
+    )
     engine: Literal["transformers", "vllm", "endpoint"] | None = Field(
         None, description="Who samples an llm judge; null: as rollout.engine, or the endpoint if one is given."
     )
@@ -86,6 +89,14 @@ class JudgeSettings(Section):
     mode: Literal["pairwise", "pointwise"] = Field("pairwise", description="Score answers in pairs, or each alone.")
     samples: PositiveInt = Field(1, description="Verdicts sampled per question (llm).")
     swap: bool = Field(False, description="Ask each pair in both orders and average (llm).")
+    style: Literal["reason", "brief", "verdict"] = Field(
+        "reason", description="An llm judge reasons first, in two sentences at the most, or writes its verdict only."
+    )
+    stop_at_verdict: bool | None = Field(
+        None,
+        description="End a completion at its verdict's closing tag, so that its first verdict counts (llm); "
+        "null: unless style is reason, where the last one counts.",
+    )
     sampling: SamplingSettings = Field(
         default_factory=lambda: SamplingSettings(max_tokens=8192), description="How an llm judge samples."
     )
@@ -161,6 +172,16 @@ class Config(Section):
     trust_remote_code: bool = Field(False, description="Let model folders run their own Python code.")
 
 
+def _says_verdict_length(judge: JudgeSettings) -> bool:
+    return "sampling" in judge.model_fields_set and "max_tokens" in judge.sampling.model_fields_set
+
+
+WORLD_VERDICT_TOKENS = 16
+"""Longest completion of the world's own judge unless the settings say another; its verdicts have 8 tokens."""
+MOST_VERDICT_TOKENS = 128
+"""Of its 256 positions."""
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Reads `path`, applies `--a.b value` words, validates.
 
@@ -191,7 +212,16 @@ def build_config(tree: dict[str, Any], source: str) -> Config:
             raise InputError(f"{source}: {problem}")
     if config.world is not None:
         config.world.reasoning = config.game.reasoning
+    if world_judges(config) and not _says_verdict_length(config.judge):
+        # the default is meant for judges that reason; all positions of the world's own would not hold it
+        config.judge.sampling.max_tokens = WORLD_VERDICT_TOKENS
     return config
+
+
+def world_judges(config: Config) -> bool:
+    """Whether the judge is the tiny world's own language model."""
+    judge = config.judge
+    return config.world is not None and judge.kind == "llm" and judge.model is None and judge.endpoint is None
 
 
 def dump_config(config: Config) -> str:
@@ -307,8 +337,18 @@ def _judge(c: Config) -> str | None:
         return "judge.endpoint: give url and model of the server"
     if remote and c.judge.model is not None:
         return "judge.model: the endpoint serves its own model; drop this or judge.endpoint"
-    if c.judge.kind == "llm" and c.judge.model is None and not remote:
+    if c.judge.kind == "llm" and c.judge.model is None and not remote and c.world is None:
         return "judge.model: an llm judge needs a model folder (or judge.endpoint a server)"
+    if world_judges(c):
+        most = c.judge.sampling.max_tokens
+        if _says_verdict_length(c.judge) and most > MOST_VERDICT_TOKENS:
+            return f"judge.sampling.max_tokens: {most} leaves the world's own judge no room to read; set 16"
+        if c.judge.style != "reason":
+            return "judge.style: the world's own judge writes bare verdicts, it knows no other form; leave this out"
+        if c.game.templates is not None and any(c.game.templates.glob("judge_*.md")):
+            return f"game.templates: the world's own judge reads its own texts, not judge_*.md of {c.game.templates}"
+    if c.judge.kind != "llm" and (c.judge.style != "reason" or c.judge.stop_at_verdict is not None):
+        return "judge.style, judge.stop_at_verdict: only an llm judge writes its verdicts; leave them out"
     if c.judge.mode == "pointwise" and c.judge.swap:
         return "judge.swap: a pointwise judge sees one answer, there is nothing to swap; set it to false"
     if c.judge.kind != "rule" and (c.judge.noise or c.judge.bias):

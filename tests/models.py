@@ -70,7 +70,7 @@ def folder(path: Path, family: str = "qwen2", **kwargs: object) -> Path:
     return path
 
 
-def bpe_folder(path: Path, family: str, *, vocab: int = 400) -> Path:
+def bpe_folder(path: Path, family: str, *, vocab: int = 400, hidden: int = 32) -> Path:
     """A random model whose byte-level tokenizer reads any text, in a ChatML-like format."""
     raw = Tokenizer(BPE(unk_token=None))
     raw.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -85,6 +85,6 @@ def bpe_folder(path: Path, family: str, *, vocab: int = 400) -> Path:
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    model(family, vocab=vocab).save_pretrained(path)
+    model(family, vocab=vocab, hidden=hidden).save_pretrained(path)
     fast.save_pretrained(path)
     return path

@@ -70,6 +70,15 @@ BAD_TREES = {
     "no player": (with_(attacker={"model": None}), "attacker.model: give a Hugging Face model folder"),
     "rule judge outside the world": (with_(judge={"kind": "rule", "model": None}), "judge.kind: the rule judge"),
     "llm judge without a model": (with_(judge={"model": None}), "judge.model: an llm judge needs"),
+    "a style of the rule judge": (
+        {"world": {}, "judge": {"kind": "rule", "style": "brief"}},
+        "judge.style, judge.stop_at_verdict: only an llm judge",
+    ),
+    "a style of the world's own judge": ({"world": {}, "judge": {"style": "brief"}}, "judge.style: the world's own"),
+    "long verdicts of the world's own judge": (
+        {"world": {}, "judge": {"sampling": {"max_tokens": 512}}},
+        "judge.sampling.max_tokens: 512 leaves the world's own judge no room",
+    ),
     "swap of a pointwise judge": (with_(judge={"mode": "pointwise", "swap": True}), "judge.swap: a pointwise"),
     "noise of an llm judge": (with_(judge={"noise": 1.0}), "judge.noise, judge.bias: only the rule judge"),
     "off-policy importance weights": (
@@ -94,6 +103,8 @@ BAD_TREES = {
     "self-play with pairs": (with_(game={"self_play": True}), "game.self_play: Self-RedTeam needs"),
     "off-policy reinforce": (with_(learn={"objective": "reinforce"}), "learn.objective: reinforce is on-policy"),
     "not finite": ({"learn": {"lr": float("inf")}}, "learn.lr: input should be a finite number"),
+    "world not finite": ({"world": {"warm_lr": float("nan")}}, "world.warm_lr: input should be a finite number"),
+    "world infinite": ({"world": {"warm_lr": float("inf")}}, "world.warm_lr: input should be a finite number"),
     "no seeds": (with_(data={"train": "x", "harmful": 0, "benign": 0}), "data.harmful, data.benign: a step needs"),
 }
 
@@ -111,6 +122,19 @@ def test_bad_settings_are_one_line_with_the_fields_path(case):
 def test_a_player_that_does_not_learn_needs_no_pairs():
     build_config(with_(attacker={"frozen": True}, game={"attacks": 1}), "x")
     build_config(with_(defender={"frozen": True}, game={"responses": 1}), "x")
+
+
+def test_the_worlds_own_judge_needs_nothing_said():
+    config = build_config({"world": {}, "judge": {"kind": "llm"}}, "x")
+    assert (config.judge.model, config.judge.sampling.max_tokens) == (None, 16)
+    said = build_config({"world": {}, "judge": {"kind": "llm", "sampling": {"max_tokens": 9}}}, "x")
+    assert said.judge.sampling.max_tokens == 9
+
+
+def test_the_worlds_own_judge_reads_its_own_texts(tmp_path):
+    (tmp_path / "judge_faithful.md").write_text("{seed} {attack} <verdict> </verdict>")
+    with pytest.raises(InputError, match=r"game\.templates: the world's own judge reads its own texts"):
+        build_config({"world": {}, "judge": {"kind": "llm"}, "game": {"templates": str(tmp_path)}}, "x")
 
 
 def test_text_stays_text():

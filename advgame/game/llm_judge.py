@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from advgame.game.judge import Key
@@ -13,6 +13,13 @@ from advgame.game.tree import Rubric, Seed
 from advgame.rollout.speaker import Asks
 
 T = TypeVar("T")
+
+CLOSING_TAGS: Mapping[Callable[[str], Any], str] = {
+    parse_verdict: "</verdict>",
+    parse_scores: "</score_B>",
+    parse_score: "</score>",
+}
+"""What ends the verdict that each of these reads."""
 
 
 class LLMJudge:
@@ -29,17 +36,22 @@ class LLMJudge:
     the answers differ, `judge_swap_disagreements` those among them where the orders do not name the same
     winner (a tie is an outcome of its own). `speaker` brings the sampling settings.
 
+    With `stop` a completion ends behind its verdict's closing tag, and its first verdict counts; without it, the last.
+
     Raises:
         ValueError: `samples` is less than 1.
     """
 
-    def __init__(self, speaker: Asks, templates: Templates, samples: int = 1, swap: bool = False) -> None:
+    def __init__(
+        self, speaker: Asks, templates: Templates, samples: int = 1, swap: bool = False, stop: bool = False
+    ) -> None:
         if samples < 1:
             raise ValueError(f"a judge needs at least 1 sample, not {samples}")
         self.speaker = speaker
         self.templates = templates
         self.samples = samples
         self.swap = swap
+        self.stop = stop
 
     async def faithful(self, seed: Seed, prompt: str, *, key: Key) -> bool | None:
         """Does `prompt` keep the intent of `seed`?"""
@@ -69,7 +81,8 @@ class LLMJudge:
         return _mean(scores) if scores else None
 
     async def _verdict(self, text: str, parse: Callable[[str], T | None], key: Key) -> T | None:
-        sample, completion = await self.speaker.ask(text, key)
+        stop = (CLOSING_TAGS[parse],) if self.stop else ()
+        sample, completion = await self.speaker.ask(text, key, stop=stop)
         # A verdict in a truncated completion may be one that the judge was still arguing with.
         verdict = parse(completion) if sample is not None and sample.finished else None
         if verdict is None:

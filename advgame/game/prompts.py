@@ -4,6 +4,9 @@ A template is a Markdown file with `{name}` placeholders (`{{name}}` writes `{na
 brings one for every use; a file of the same name in the user's directory takes its place. Whatever is
 inserted is escaped (`escaping.py`), so that a seed, an attack or an answer can neither leave its tags nor
 pose as a verdict.
+
+A judge's template begins with what is the same for every question of its rubric and ends with the material: an
+engine that keeps the prefixes of prompts computes a rubric once.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Literal, get_args
 
 from advgame.errors import InputError
 from advgame.game.escaping import escape
@@ -21,12 +25,25 @@ from advgame.game.tree import Category, Rubric, Seed
 
 @dataclass(frozen=True)
 class _Rules:
-    """What a template must contain: placeholders, and literal text its reader must be told."""
+    """What a template must contain: placeholders, and literal text its reader must be told.
+
+    form: the template whose text stands for `{format}`, and then shows what this one must show; without `{style}`.
+    """
 
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     shows: tuple[str, ...] = ()
+    form: str = ""
 
+
+Style = Literal["reason", "brief", "verdict"]
+"""How a judge answers: reasoning first, two sentences of it at the most, or the bare verdict."""
+
+_SHOWN = {
+    "pair": ("<score_A>", "</score_A>", "<score_B>", "</score_B>"),
+    "point": ("<score>", "</score>"),
+    "faithful": ("<verdict>", "</verdict>"),
+}
 
 RULES: Mapping[str, _Rules] = {
     "attacker_harmful": _Rules(("seed",), ("format",)),
@@ -34,14 +51,16 @@ RULES: Mapping[str, _Rules] = {
     "format_reasoning": _Rules(shows=("<think>", "</think>", "<prompt>", "</prompt>")),
     "format_plain": _Rules(shows=("<prompt>", "</prompt>")),
     "defender_reasoning": _Rules(("prompt",), shows=("<think>", "</think>")),
-    "judge_faithful": _Rules(("seed", "attack"), shows=("<verdict>", "</verdict>")),
+    "judge_faithful": _Rules(("seed", "attack"), ("format",), _SHOWN["faithful"], "verdict_faithful"),
     **{
-        f"judge_pair_{rubric}": _Rules(
-            ("query", "answer_a", "answer_b"), shows=("<score_A>", "</score_A>", "<score_B>", "</score_B>")
-        )
+        f"judge_pair_{rubric}": _Rules(("query", "answer_a", "answer_b"), ("format",), _SHOWN["pair"], "verdict_pair")
         for rubric in Rubric
     },
-    **{f"judge_point_{rubric}": _Rules(("query", "answer"), shows=("<score>", "</score>")) for rubric in Rubric},
+    **{
+        f"judge_point_{rubric}": _Rules(("query", "answer"), ("format",), _SHOWN["point"], "verdict_point")
+        for rubric in Rubric
+    },
+    **{f"verdict_{form}_{style}": _Rules(shows=tags) for form, tags in _SHOWN.items() for style in get_args(Style)},
 }
 """The templates by name (file stem)."""
 
@@ -53,24 +72,31 @@ _CLOSING_TAG = re.compile(r"</([A-Za-z][A-Za-z0-9_]*)>")
 class Templates:
     """Checked templates by name.
 
-    `reasoning`: the Attacker reasons first; `defender_reasoning`: so does the Defender. `tags` are the tags
-    that the templates use besides the package's own; inserted text is kept from them too.
+    `reasoning`: the Attacker reasons first; `defender_reasoning`: so does the Defender. `style`: how the judge
+    answers. `tags` are the tags that the templates use besides the package's own; inserted text is kept from them too.
     """
 
     texts: Mapping[str, str]
     reasoning: bool = True
     defender_reasoning: bool = False
     tags: frozenset[str] = frozenset()
+    style: Style = "reason"
 
     @classmethod
-    def load(cls, directory: Path | None = None, reasoning: bool = True, defender_reasoning: bool = False) -> Templates:
+    def load(
+        cls,
+        directory: Path | None = None,
+        reasoning: bool = True,
+        defender_reasoning: bool = False,
+        style: Style = "reason",
+    ) -> Templates:
         """The package's templates, with those in `directory` in their place.
 
         Raises:
             InputError: no such directory; a file there that is no template of ours (README.md aside), is
             empty or is
                 not UTF-8; a placeholder that is missing or unknown; a tag its reader must be told that is
-                missing.
+                missing; a `style` other than "reason" and a judge's text in `directory` without `{format}`.
         """
         if directory is not None:
             _check_directory(directory)
@@ -83,8 +109,12 @@ class Templates:
             else:
                 path, raw = f"{name}.md", (package / f"{name}.md").read_bytes()
             texts[name] = _checked(path, raw, rules)
+            if rules.form and style != "reason" and "{format}" not in texts[name]:
+                raise InputError(
+                    f"{path}: says itself how to answer, so judge.style: {style} cannot; put {{format}} in its place"
+                )
         tags = frozenset(tag.lower() for text in texts.values() for tag in _CLOSING_TAG.findall(text))
-        return cls(texts, reasoning, defender_reasoning, tags)
+        return cls(texts, reasoning, defender_reasoning, tags, style)
 
     def attacker(self, seed: Seed) -> str:
         """The Attacker's turn: instruction for the seed's category, the seed, and the form of the answer."""
@@ -109,6 +139,8 @@ class Templates:
         return self._fill(f"judge_point_{rubric}", {"query": query, "answer": answer})
 
     def _fill(self, name: str, values: Mapping[str, str], form: str = "") -> str:
+        if RULES[name].form:
+            form = self._fill(f"{RULES[name].form}_{self.style}", {})
         inserted = {key: escape(value, self.tags) for key, value in values.items()} | {"format": form}
 
         def replace(match: re.Match[str]) -> str:
@@ -153,6 +185,6 @@ def _checked(path: str, raw: bytes, rules: _Rules) -> str:
         if name not in found:
             raise InputError(f"{path}: placeholder {{{name}}} is missing; put it where that text shall stand")
     for tag in rules.shows:
-        if tag not in text:
+        if tag not in text and not (rules.form and "format" in found):
             raise InputError(f"{path}: the text never shows {tag}, so no answer would have it; say where it goes")
     return text

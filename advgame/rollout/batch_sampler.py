@@ -8,9 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
-from advgame.rollout.engine import Request
+from advgame.rollout.engine import Request, end_of_stop
 
 Completion = tuple[tuple[int, ...], tuple[float, ...], str]
 """Token ids, their untempered log-probs, finish reason."""
@@ -19,10 +26,19 @@ Complete = Callable[[Sequence[Request], Callable[[], None] | None], list[Complet
 """Samples a batch; the second argument is called when its first tokens are there."""
 
 
-class BatchSampler:
-    """Samples batches with one model, which it sets to evaluation."""
+Decode = Callable[[Sequence[int]], str]
+"""Token ids to text, special tokens left out."""
 
-    def __init__(self, model: PreTrainedModel, stop_ids: Sequence[int], pad_id: int):
+
+class BatchSampler:
+    """Samples batches with one model, which it sets to evaluation.
+
+    decode: the tokenizer's, for requests with stop texts.
+    """
+
+    def __init__(self, model: PreTrainedModel, stop_ids: Sequence[int], pad_id: int, decode: Decode | None = None):
+        self.decode = decode
+        self._texts: dict[int, str] = {}
         self.model = model.eval().requires_grad_(False)
         # the folder's own generation_config (penalties, top-k) would shape the scores that log-probs are read from
         self.model.generation_config = GenerationConfig(eos_token_id=list(stop_ids), pad_token_id=pad_id)
@@ -41,6 +57,9 @@ class BatchSampler:
             mask[row, width - len(request.prompt_ids) :] = 1
         longest = max(r.sampling.max_tokens for r in requests)
         sampler = RowSampler(requests, longest, device, on_first)
+        stops = None
+        if self.decode is not None and any(r.stop for r in requests):
+            stops = TextStops(requests, self.decode, self._texts)
         settings = GenerationConfig(
             max_new_tokens=longest,
             do_sample=False,
@@ -53,16 +72,18 @@ class BatchSampler:
             attention_mask=mask.to(device),
             generation_config=settings,
             logits_processor=LogitsProcessorList([sampler]),
+            stopping_criteria=StoppingCriteriaList([] if stops is None else [stops]),
         )
         tokens = out[:, width:].cpu().tolist()
         logprobs = torch.stack(sampler.logprobs, 1).cpu().tolist()
-        return [self._cut(r, t, lp) for r, t, lp in zip(requests, tokens, logprobs, strict=True)]
+        ends = [None] * len(requests) if stops is None else stops.ends
+        return [self._cut(r, t, lp, end) for r, t, lp, end in zip(requests, tokens, logprobs, ends, strict=True)]
 
-    def _cut(self, request: Request, tokens: list[int], logprobs: list[float]) -> Completion:
-        """Ends a row at its first stop token or at its own max_tokens."""
+    def _cut(self, request: Request, tokens: list[int], logprobs: list[float], end: int | None) -> Completion:
+        """Ends a row at its first stop token, behind its stop text (`end` tokens) or at its own max_tokens."""
         limit = request.sampling.max_tokens
         for i, token in enumerate(tokens[:limit]):
-            if token in self._stop_ids:
+            if token in self._stop_ids or i + 1 == end:
                 return tuple(tokens[: i + 1]), tuple(logprobs[: i + 1]), "stop"
         return tuple(tokens[:limit]), tuple(logprobs[:limit]), "length"
 
@@ -116,6 +137,37 @@ class RowSampler(LogitsProcessor):
             self._on_first()
             self._on_first = None
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+class TextStops(StoppingCriteria):
+    """Ends each row at the token that completes one of its request's stop texts.
+
+    ends: for each row the number of tokens up to and with that one, None while there is none. `texts` keeps the text
+    of single tokens between calls: only a token that holds the last character of a stop text can complete it, and only
+    then the row's end is decoded.
+    """
+
+    def __init__(self, requests: Sequence[Request], decode: Decode, texts: dict[int, str]):
+        self.ends: list[int | None] = [None] * len(requests)
+        self._stops = [request.stop for request in requests]
+        self._decode, self._texts = decode, texts
+        self._tokens: list[list[int]] = [[] for _ in requests]
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:  # (rows, prompt + step) -> (rows,) bool
+        for row, token in enumerate(input_ids[:, -1].tolist()):
+            tokens, stop = self._tokens[row], self._stops[row]
+            tokens.append(token)
+            if self.ends[row] is None and stop and self._may_end(token, stop):
+                # a token of a stop text holds at least one of its characters
+                tail = tokens[-max(map(len, stop)) :]
+                if end_of_stop(self._decode(tail), stop) is not None:
+                    self.ends[row] = len(tokens)
+        return torch.tensor([end is not None for end in self.ends], device=input_ids.device)
+
+    def _may_end(self, token: int, stop: Sequence[str]) -> bool:
+        if token not in self._texts:
+            self._texts[token] = self._decode([token])
+        return any(word[-1] in self._texts[token] for word in stop)
 
 
 def nucleus(probs: Tensor, top_p: Tensor) -> Tensor:  # (rows, vocab), (rows, 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from advgame.errors import InputError
 from advgame.game.tree import Sample
 from advgame.rollout.endpoint_http import JsonClient
-from advgame.rollout.engine import EngineError, Request, Sampling, stream_seed
+from advgame.rollout.engine import EngineError, Request, Sampling, end_of_stop, stream_seed
 from advgame.rollout.meter import Meter
 from advgame.rollout.settings import EndpointSettings
 
@@ -47,6 +47,9 @@ def client_of(settings: EndpointSettings, name: str, counters: Counter[str] | No
 class EndpointSpeaker:
     """Asks a server by text, with the server's own chat template (`api: chat`) or none (`api: completions`).
 
+    A stop text is not sent: most servers would leave it out of the answer, and then nobody could tell a verdict from
+    one that broke off. The answer is cut behind it, and counts as finished there.
+
     Counts in `counters` under the keys of `Speaker`. Samples have no tokens and no log-probs: a judge needs neither.
     """
 
@@ -63,7 +66,9 @@ class EndpointSpeaker:
         self.meter = Meter()
         self._client = client_of(settings, name, self.counters)
 
-    async def ask(self, user: str, key: tuple[int, ...], sampling: Sampling | None = None) -> tuple[Sample | None, str]:
+    async def ask(
+        self, user: str, key: tuple[int, ...], sampling: Sampling | None = None, stop: tuple[str, ...] = ()
+    ) -> tuple[Sample | None, str]:
         """(an empty sample with the finish reason, the text); (None, "") when the server failed or refused."""
         body = _body(self.settings.model, sampling or self.sampling, stream_seed(self.run_seed, key))
         chat = self.settings.api == "chat"
@@ -81,8 +86,13 @@ class EndpointSpeaker:
             self.counters[f"{self.name}_failures"] += 1
             self.counters[f"{self.name}_given_up"] += 1
             return None, ""
-        self.counters[f"{self.name}_tokens"] += _tokens_of(answer)
-        return Sample((), (), (), str(choice.get("finish_reason")), 0), text.strip()
+        self.counters[f"{self.name}_tokens"] += _count(answer, "completion_tokens")
+        if isinstance((cached := _usage(answer, "prompt_tokens_details", "cached_tokens")), int):
+            self.counters[f"{self.name}_prompt_tokens"] += _count(answer, "prompt_tokens")
+            self.counters[f"{self.name}_cached_tokens"] += cached
+        end = end_of_stop(text, stop)
+        reason = str(choice.get("finish_reason")) if end is None else "stop"
+        return Sample((), (), (), reason, 0), text[:end].strip()
 
     async def close(self) -> None:
         self._client.close()
@@ -143,7 +153,14 @@ def _choice(answer: Any, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return choices[0], answer
 
 
-def _tokens_of(answer: Mapping[str, Any]) -> int:
-    usage = answer.get("usage")
-    count = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    return count if isinstance(count, int) else 0
+def _usage(answer: Mapping[str, Any], *path: str) -> Any:
+    """What the answer's usage says under `path`, None where the server does not tell."""
+    value: Any = answer.get("usage")
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _count(answer: Mapping[str, Any], name: str) -> int:
+    value = _usage(answer, name)
+    return value if isinstance(value, int) else 0

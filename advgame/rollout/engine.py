@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,12 +25,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to make. `key` orders requests in deterministic batches, `seed` is its random stream."""
+    """One completion to make. `key` orders requests in deterministic batches, `seed` is its random stream.
+
+    stop: texts that end the completion, with finish reason "stop", by the token that completes one of them (that
+    token is the sample's last). They are looked for in what was sampled, never in the prompt.
+    """
 
     prompt_ids: tuple[int, ...]
     sampling: Sampling
     key: tuple[int, ...]
     seed: int
+    stop: tuple[str, ...] = ()
 
 
 class EngineError(RuntimeError):
@@ -64,3 +69,8 @@ def stream_seed(run_seed: int, key: tuple[int, ...]) -> int:
     """A 63-bit seed that depends on the run's seed and on `key` alone (blake2b, so stable across machines)."""
     text = ",".join(map(str, (run_seed, *key)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def end_of_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Where the stop text ends that is complete first; None if `text` holds none."""
+    return min((at + len(word) for word in stop if (at := text.find(word)) >= 0), default=None)

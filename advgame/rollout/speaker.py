@@ -28,8 +28,10 @@ class Asks(Protocol):
 
     counters: Counter[str]
 
-    async def ask(self, user: str, key: tuple[int, ...], sampling: Sampling | None = None) -> tuple[Sample | None, str]:
-        """(what was sampled, its text); (None, "") when nothing came back."""
+    async def ask(
+        self, user: str, key: tuple[int, ...], sampling: Sampling | None = None, stop: tuple[str, ...] = ()
+    ) -> tuple[Sample | None, str]:
+        """(what was sampled, its text); (None, "") when nothing came back. `stop`: as in `Request`."""
 
 
 @dataclass
@@ -47,10 +49,12 @@ class Speaker:
     last_error: str = ""
     meter: Meter = field(default_factory=Meter)
 
-    async def ask(self, user: str, key: tuple[int, ...], sampling: Sampling | None = None) -> tuple[Sample | None, str]:
+    async def ask(
+        self, user: str, key: tuple[int, ...], sampling: Sampling | None = None, stop: tuple[str, ...] = ()
+    ) -> tuple[Sample | None, str]:
         """(what was sampled, its text); (None, "") when the engine failed `retries + 1` times."""
         prompt_ids = self.chat.prompt_ids(user)
-        request = Request(prompt_ids, sampling or self.sampling, key, stream_seed(self.run_seed, key))
+        request = Request(prompt_ids, sampling or self.sampling, key, stream_seed(self.run_seed, key), stop)
         for attempt in range(self.retries + 1):
             self.counters[f"{self.name}_requests"] += 1
             try:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from advgame.game.tree import Sample
-from advgame.rollout.batch_sampler import BatchSampler, Complete
+from advgame.rollout.batch_sampler import BatchSampler, Complete, Decode
 from advgame.rollout.engine import EngineError, Request
 from advgame.rollout.first_token import FirstToken
 from advgame.rollout.sampler_process import SamplerProcess
@@ -30,6 +30,7 @@ class TransformersEngine:
     deterministic: batches are formed in this thread, from all requests that wait once every tree is blocked, in
         the order of their keys; the same trees make the same batches. Otherwise a batch runs in a worker thread
         and the next one takes whatever has arrived meanwhile.
+    decode: the tokenizer's, for requests with stop texts; without it they are refused.
     elsewhere: a child process that computes instead of this one, which then merely waits; same batches, same bits.
     """
 
@@ -42,10 +43,12 @@ class TransformersEngine:
         batch: int = 256,
         deterministic: bool = True,
         version: int = 0,
+        decode: Decode | None = None,
         elsewhere: SamplerProcess | None = None,
     ):
-        sampler = BatchSampler(model, stop_ids, pad_id)
+        sampler = BatchSampler(model, stop_ids, pad_id, decode)
         self.model = sampler.model
+        self._stops_at_text = decode is not None
         self._elsewhere = elsewhere
         self._complete: Complete = sampler.sample
         if elsewhere is not None:
@@ -75,6 +78,8 @@ class TransformersEngine:
                 f"prompt of {len(request.prompt_ids)} tokens + max_tokens {request.sampling.max_tokens} exceeds "
                 f"the model's {limit} positions"
             )
+        if request.stop and not self._stops_at_text:
+            raise EngineError("a stop text was asked for, and this engine has no tokenizer")
         future: asyncio.Future[Sample] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, future))
         if self._worker is None or self._worker.done():

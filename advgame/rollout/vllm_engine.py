@@ -31,9 +31,12 @@ WATCH_S = 0.5
 class VllmEngine:
     """One model behind AsyncLLM, in a process of its own.
 
+    text_stops: vLLM loads the folder's tokenizer, so that requests may stop at a text; without it they are refused.
+
     channel: how weights arrive; None for a model that never changes. restore: writes the weights of the current
     version, asked after a restart (None: the folder's own are the current ones). counters: `<name>_restarts`,
-    `<name>_publish_failures`. Use from one event loop only.
+    `<name>_publish_failures`, and of all prompts `<name>_prompt_tokens` and, found in the prefix cache,
+    `<name>_cached_tokens`. Use from one event loop only.
     """
 
     def __init__(
@@ -48,12 +51,14 @@ class VllmEngine:
         restore: Write | None = None,
         version: int = 0,
         counters: Counter[str] | None = None,
+        text_stops: bool = False,
     ):
         self.folder, self.name, self.settings = folder, name, settings
         self.restore = restore
         self.counters = Counter[str]() if counters is None else counters
         self.last_publish = PublishTimes()
         self._dtype = dtype
+        self._text_stops = text_stops
         self._stop_ids = list(stop_ids)
         self._channel = channel
         self._version = version
@@ -95,12 +100,14 @@ class VllmEngine:
         process ended.
         """
         llm = await self._serving()
-        vllm_requests.check(request, self.name, self._positions, self._vocabulary)
+        vllm_requests.check(request, self.name, self._positions, self._vocabulary, text_stops=self._text_stops)
         final = await self._answer(llm, request)
         made = final.outputs[0]
         if made.finish_reason not in ("stop", "length"):
             raise EngineError(f"{self.name}: the request ended by {made.finish_reason}")
         tokens = tuple(made.token_ids)
+        self.counters[f"{self.name}_prompt_tokens"] += len(request.prompt_ids)
+        self.counters[f"{self.name}_cached_tokens"] += getattr(final, "num_cached_tokens", None) or 0
         logprobs = tuple(step[token].logprob for step, token in zip(made.logprobs, tokens, strict=True))
         version = vllm_requests.version_of(made, self._version)
         return Sample(request.prompt_ids, tokens, logprobs, made.finish_reason, version)
@@ -184,7 +191,11 @@ class VllmEngine:
         """Starts a process; nobody sees it before it has its weights and carries its version."""
         channel = self._channel
         arguments = vllm_start.engine_arguments(
-            self.folder, self.settings, dtype=self._dtype, direct=channel is not None and channel.direct
+            self.folder,
+            self.settings,
+            dtype=self._dtype,
+            direct=channel is not None and channel.direct,
+            tokenizer=self._text_stops,
         )
         llm = None
         try:

@@ -8,11 +8,13 @@ from typing import Any
 from advgame.rollout.engine import EngineError, Request
 
 
-def check(request: Request, name: str, positions: int, vocabulary: int) -> None:
+def check(request: Request, name: str, positions: int, vocabulary: int, *, text_stops: bool) -> None:
     """EngineError for what vLLM would cut short in silence or die of."""
     ids, most = request.prompt_ids, request.sampling.max_tokens
     if not ids:
         raise EngineError(f"{name}: the prompt is empty")
+    if request.stop and not text_stops:
+        raise EngineError(f"{name}: a stop text was asked for, and this engine has no tokenizer")
     if len(ids) + most > positions:
         raise EngineError(
             f"{name}: prompt of {len(ids)} tokens + max_tokens {most} exceeds the engine's {positions} positions"
@@ -33,7 +35,9 @@ def parameters(request: Request, stop_ids: Sequence[int], *, every_token: bool) 
         seed=request.seed,
         stop_token_ids=list(stop_ids),
         logprobs=0,
-        detokenize=False,
+        stop=list(request.stop) or None,
+        include_stop_str_in_output=bool(request.stop),
+        detokenize=bool(request.stop),
         output_kind=RequestOutputKind.CUMULATIVE if every_token else RequestOutputKind.FINAL_ONLY,
     )
 

@@ -168,12 +168,13 @@ def environment(settings: VllmSettings, device: str | None, more: Mapping[str, s
 
 
 def engine_arguments(
-    folder: Path, settings: VllmSettings, *, dtype: str, direct: bool, dummy: bool = False
+    folder: Path, settings: VllmSettings, *, dtype: str, direct: bool, dummy: bool = False, tokenizer: bool = False
 ) -> dict[str, Any]:
     """Keyword arguments of vLLM's AsyncEngineArgs.
 
     direct: weights will be written where the engine reads them, so they must stay as they were loaded (our
-    weight-transfer engine sees to it). dummy: random weights (to record a plan).
+    weight-transfer engine sees to it). dummy: random weights (to record a plan). tokenizer: vLLM decodes what it
+    samples, which stop texts need.
     """
     arguments: dict[str, Any] = {
         "model": str(folder),
@@ -184,7 +185,7 @@ def engine_arguments(
         "max_num_seqs": settings.max_sequences,
         "enable_prefix_caching": settings.prefix_caching,
         # prompts are token ids and so are answers
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": not tokenizer,
         # the folder's own top-k or penalties must not shape what is sampled
         "generation_config": "vllm",
         # untempered and untruncated, so that they can stand for the reference's

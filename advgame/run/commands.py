@@ -23,9 +23,11 @@ from advgame.run.folder import RunFolder
 from advgame.run.live import LiveView, Stage
 from advgame.run.loop import Progress, state_of, train
 from advgame.run.recorder import Recorder
-from advgame.run.session import Plan, Session, check, open_session
+from advgame.run.session import Plan, Session, check, open_session, world_roles
 from advgame.run.summary import LABELS, write_summary
 from advgame.run.trackers import make_trackers
+from advgame.world.training import PlayerRole
+from advgame.world.warmstart import steps_of
 
 SUMMARY_NAMES = {
     names.EXPLOITABILITY: "exploitability",
@@ -86,9 +88,7 @@ def run_resume(path: Path, overrides: list[str], *, quiet: bool = False) -> Path
 def _play(config: Config, folder: RunFolder, checkpoint: Path | None, *, quiet: bool, plan: Plan) -> None:
     """The run in its folder, from `checkpoint` if there is one."""
     keep_freed_memory()
-    parts = {"attacker": config.world.warm_steps, "defender": config.world.warm_steps} if config.world else {}
-    if config.world and config.game.self_play:
-        parts = {"shared": config.world.warm_steps}
+    parts = {role: steps_of(config.world, PlayerRole(role)) for role in world_roles(config)} if config.world else {}
     with Stage("warm start", parts, not quiet) as stage:
 
         def progress(role: str, step: int, _steps: int, loss: float) -> None:
@@ -170,7 +170,12 @@ def _summary_values(measured: dict[str, float]) -> dict[str, float]:
 
 
 def _decisions(session: Session) -> dict[str, Any]:
-    return {"reference": {name: learner.reference.state() for name, learner in session.learners.items()}}
+    decided: dict[str, Any] = {
+        "reference": {name: learner.reference.state() for name, learner in session.learners.items()}
+    }
+    if prompts := session.counters["judge_prompt_tokens"]:
+        decided["judge_cached_share"] = session.counters["judge_cached_tokens"] / prompts
+    return decided
 
 
 def summarise_seeds(folders: list[Path], console: Console) -> None:

@@ -14,7 +14,7 @@ from advgame.config import Config
 from advgame.learn.learner import Learner, load_model
 from advgame.rollout import vllm_start
 from advgame.rollout.channel import Channel
-from advgame.rollout.chat import stop_ids
+from advgame.rollout.chat import ChatFormat, stop_ids
 from advgame.rollout.endpoint_engine import EndpointSpeaker, check_endpoint
 from advgame.rollout.engine import Engine, Sampling
 from advgame.rollout.sampler_process import SamplerProcess
@@ -66,6 +66,7 @@ def open_engine(
     """The engine of one model; `learner` is who publishes to it, None for a frozen one. vLLM starts with `start`.
 
     elsewhere: a child process in which a transformers engine samples.
+    The judge's (`name`) can stop at a text.
     """
     stops = stop_ids(folder, tokenizer)
     if kind == "vllm":
@@ -78,6 +79,7 @@ def open_engine(
             channel=None if learner is None else open_channel(config, folder, learner.parameters),
             restore=None if learner is None else learner.serve_into,
             counters=counters,
+            text_stops=name == "judge",
         )
     model = load_model(folder, field, dtype=getattr(torch, config.rollout.dtype), remote_code=config.trust_remote_code)
     return TransformersEngine(
@@ -87,6 +89,7 @@ def open_engine(
         batch=config.rollout.batch,
         deterministic=config.run.deterministic,
         elsewhere=elsewhere,
+        decode=ChatFormat(tokenizer).text,
     )
 
 

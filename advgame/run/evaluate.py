@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from transformers import PreTrainedModel
 
+from advgame.config import world_judges
+from advgame.game.llm_judge import LLMJudge
 from advgame.game.play import play_batch
 from advgame.game.rewards import tree_rewards
 from advgame.game.tree import Category, Outcome, Seed, Tree
@@ -15,6 +17,7 @@ from advgame.rollout.vllm_engine import VllmEngine
 from advgame.run import names
 from advgame.run.metrics import judged_rates, play_metrics
 from advgame.run.session import Session, Side
+from advgame.world.agreement import agreement_in_play, examine
 from advgame.world.world import World
 
 EVAL_STEP = 1 << 30
@@ -81,6 +84,40 @@ def served_model(side: Side) -> PreTrainedModel:
     if side.learner is not None:
         side.learner.serve_into(dict(model.named_parameters()))
     return model
+
+
+async def examine_judge(session: Session) -> dict[str, float]:
+    """How far the world's own language-model judge agrees with the rule on held-out material; {} for other judges."""
+    judge = session.table.judge
+    if not isinstance(judge, LLMJudge) or not world_judges(session.config):
+        return {}
+    return {
+        f"{names.JUDGE_AGREEMENT}{what}": value for what, value in (await examine(judge, (10 * EVAL_STEP,))).items()
+    }
+
+
+def judge_metrics(session: Session, trees: Sequence[Tree], before: Mapping[str, int]) -> dict[str, float]:
+    """What an LLM judge did in one step's play; `before`: the session's counters when it began.
+
+    `play/judge_tokens`: tokens of a completion, on average. `play/judge_cached_share`: share of its prompts' tokens
+    found in the engine's prefix cache (vLLM only, and servers that tell). `play/judge_agreement_*`: with the world's
+    rule, on this step's own material (`world/agreement.py`).
+    """
+    if not isinstance(session.table.judge, LLMJudge):
+        return {}
+
+    def counted(what: str) -> int:
+        return session.counters[f"judge_{what}"] - before.get(f"judge_{what}", 0)
+
+    values = {}
+    if requests := counted("requests"):
+        values["play/judge_tokens"] = counted("tokens") / requests
+    if prompts := counted("prompt_tokens"):
+        values["play/judge_cached_share"] = counted("cached_tokens") / prompts
+    if session.world is not None:
+        agreed = agreement_in_play(trees, session.table.rules)
+        values |= {f"play/judge_agreement_{what}": value for what, value in agreed.items()}
+    return values
 
 
 async def _play(session: Session, seeds: Sequence[Seed], step: int, *, direct: bool) -> list[Tree]:

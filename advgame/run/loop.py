@@ -19,7 +19,7 @@ from advgame.rollout.vllm_engine import VllmEngine
 from advgame.run import names
 from advgame.run.checkpoint import PlayerState, TrainState, save_checkpoint
 from advgame.run.effort import Clock, Totals, step_effort
-from advgame.run.evaluate import exact, sampled_success, validate
+from advgame.run.evaluate import exact, examine_judge, judge_metrics, sampled_success, validate
 from advgame.run.folder import RunFolder
 from advgame.run.live import LiveView
 from advgame.run.metrics import play_metrics
@@ -70,6 +70,7 @@ async def train(
     """Plays from `progress.step` to the end; returns the final evaluation, or None if it was interrupted."""
     run, stop = session.config.run, Stop(view.note)
     plays = Plays(session, progress.kept, progress.owed)
+    counted = Counter(session.counters)
     # beside play, learning needs a thread of its own; alone it needs none
     learner = ThreadPoolExecutor(1, "learn") if run.ahead or run.carry_over else None
 
@@ -82,6 +83,7 @@ async def train(
         while progress.step < run.steps and not stop.asked:
             step, clock = progress.step, Clock()
             play_next = run.ahead == 1 and step + 1 < run.steps
+            before = Counter(session.counters)
             with clock.stage("validate"):
                 measured = await stop.unless_asked(due(session, step))
             if measured is None or stop.asked:
@@ -90,9 +92,12 @@ async def train(
                 progress.before = measured
             for meter in session.meters.values():
                 meter.take()  # what evaluation used
+            counted += Counter(session.counters) - before  # evaluation asks the judge too
             started = time.perf_counter()
             trees = await plays.batch(step)
             check_answered(session, trees, step)
+            judged = judge_metrics(session, trees, counted)
+            counted = Counter(session.counters)
             rewards = [tree_rewards(tree, session.rewards) for tree in trees]
             scored = list(zip(trees, rewards, strict=True))
             if play_next:
@@ -110,7 +115,7 @@ async def train(
 
             progress.step += 1
             values = play_metrics(trees, rewards, version=step, frozen=session.frozen)
-            values |= learned | measured | publish_times(session)
+            values |= judged | learned | measured | publish_times(session)
             values |= {f"{names.COUNTER_PREFIX}{k}": float(v) for k, v in session.counters.items() if _is_problem(k)}
             if run.carry_over:
                 values[names.LATE_TREES] = float(sum(tree.step < step for tree in trees))
@@ -158,7 +163,7 @@ async def due(session: Session, step: int) -> dict[str, float]:
     """What is measured before a step: everything at the start, then what its turn is."""
     run = session.config.run
     if step == 0:
-        return await measure(session, step)
+        return await examine_judge(session) | await measure(session, step)
     values = await validate(session, step) if run.validate_every and step % run.validate_every == 0 else {}
     return values | exact(session) if run.exact_every and step % run.exact_every == 0 else values
 

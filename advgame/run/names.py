@@ -37,6 +37,8 @@ HELDOUT_EXPLOITABILITY = "eval/heldout_exploitability"
 OVER_REFUSAL = "eval/worst_over_refusal"
 GIBBERISH = "eval/gibberish"
 EVAL_ASR = "eval/asr"
+JUDGE_AGREEMENT = "eval/judge_agreement_"
+"""A language-model judge's examination by the world's rule, at the start; see `world/agreement.py`."""
 EVAL_COMPLIANCE = "eval/benign_compliance"
 
 COUNTER_PREFIX = "count/"

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from advgame.config import Config, PlayerSettings, SamplingSettings
+from advgame.config import Config, PlayerSettings, SamplingSettings, world_judges
 from advgame.errors import InputError
 from advgame.game.judge import Judge
 from advgame.game.llm_judge import LLMJudge
@@ -28,8 +28,10 @@ from advgame.rollout.endpoint_engine import EndpointSpeaker
 from advgame.rollout.engine import Engine, Sampling
 from advgame.rollout.meter import Meter
 from advgame.rollout.sampler_process import SamplerProcess
-from advgame.rollout.speaker import Speaker
+from advgame.rollout.speaker import Asks, Speaker
+from advgame.run import names
 from advgame.run.engines import check_engines, judge_engine, notes_of, open_endpoint_speaker, open_engine
+from advgame.world.judge_training import judge_templates
 from advgame.world.world import World, open_world
 
 Progress = Callable[[str, int, int, float], None]
@@ -164,6 +166,7 @@ def open_session(plan: Plan, cache: Path | None = None, progress: Progress | Non
     tokenizers = dict(plan.tokenizers)
     if config.world is not None:
         world = open_world(config.world, cache, progress=progress)
+        world.make(world_roles(config))
         templates = load_templates(config, world.templates_dir)
         stream = stream or _world_stream(config, world)
         validation = validation or world_validation(world, config)
@@ -235,22 +238,21 @@ def open_session(plan: Plan, cache: Path | None = None, progress: Progress | Non
     others: list[Engine | EndpointSpeaker] = []
     if config.judge.kind == "rule":
         assert world is not None, "checked by the config"
-        judge = world.judge(config.judge.noise, config.judge.bias)
+        judge = world.judge(config.judge.noise, config.judge.bias, config.run.seed)
     elif config.judge.kind == "phrases":
         judge = PhraseJudge()
     elif (kind := judge_engine(config)) == "endpoint":
         remote = open_endpoint_speaker(config, counters)
         others.append(remote)
         meters["judge"] = remote.meter
-        judge = LLMJudge(remote, templates, config.judge.samples, config.judge.swap)
+        judge = llm_judge_of(config, remote, templates)
     else:
-        folder = config.judge.model
-        assert folder is not None, "checked by the config"
+        folder = config.judge.model or _of_world(world, "judge")
         assert kind is not None, "an llm judge is sampled by something"
         engine = engine_of(folder, "judge", None, kind)
         others.append(engine)
         speaker = speaker_of("judge", engine, folder, config.judge.sampling)
-        judge = LLMJudge(speaker, templates, config.judge.samples, config.judge.swap)
+        judge = llm_judge_of(config, speaker, judge_templates() if world_judges(config) else templates)
 
     assert stream is not None, "a config has a seed file or a world"
     table = Table(attacker, defender, judge, templates, _rules(config))
@@ -258,10 +260,31 @@ def open_session(plan: Plan, cache: Path | None = None, progress: Progress | Non
     return Session(config, world, stream, validation, tuple(sides), table, rewards, tuple(others), counters, meters)
 
 
+def world_roles(config: Config) -> list[str]:
+    """The models that the world has to make for this run; made together, since each takes a process of its own."""
+    if config.world is None:
+        return []
+    if config.game.self_play:
+        roles = [] if config.defender.model else ["shared"]
+    else:
+        roles = [name for name in names.ROLES if getattr(config, name).model is None]
+        roles = [name for name in roles if name == "defender" or not config.game.skip_attacker]
+    return [*roles, "judge"] if world_judges(config) else roles
+
+
+def llm_judge_of(config: Config, speaker: Asks, templates: Templates) -> LLMJudge:
+    judge = config.judge
+    stop = judge.style != "reason" if judge.stop_at_verdict is None else judge.stop_at_verdict
+    return LLMJudge(speaker, templates, judge.samples, judge.swap, stop)
+
+
 def load_templates(config: Config, world_templates: Path | None) -> Templates:
     game = config.game
     return Templates.load(
-        game.templates or world_templates, reasoning=game.reasoning, defender_reasoning=game.defender_reasoning
+        game.templates or world_templates,
+        reasoning=game.reasoning,
+        defender_reasoning=game.defender_reasoning,
+        style=config.judge.style,
     )
 
 

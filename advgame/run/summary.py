@@ -27,6 +27,13 @@ LABELS = {
     "benign_compliance": "benign compliance ↑",
     "gibberish": "gibberish ↓",
 }
+JUDGE_LABELS = {
+    "judge_agreement_exact": "judge: scores as the rule's ↑",
+    "judge_agreement_order": "judge: pairs in the rule's order ↑",
+    "judge_agreement_difference": "judge: distance from the rule, points ↓",
+    "judge_agreement_faithful": "judge: faithfulness as the rule's ↑",
+    "judge_agreement_no_verdict": "judge: no verdict ↓",
+}
 """What the table and the picture call a measure, and which way is better."""
 
 History = Sequence[Mapping[str, Any]]
@@ -88,7 +95,9 @@ def summary_table(before: Mapping[str, float | None], after: Mapping[str, float 
     for name in named:
         pair = (_known(before, name), _known(after, name))
         if pair != (None, None):
-            table.add_row(LABELS.get(name, name), *("-" if value is None else f"{value:.3f}" for value in pair))
+            table.add_row(
+                (LABELS | JUDGE_LABELS).get(name, name), *("-" if value is None else f"{value:.3f}" for value in pair)
+            )
     return table
 
 

@@ -61,7 +61,7 @@ def rule_score(rubric: Rubric, query: str, answer: str) -> float:
 
 @dataclass(frozen=True)
 class RuleJudge:
-    """A `Judge` whose verdicts depend on the texts and on the call's key only, never on the order of calls.
+    """A `Judge` whose verdicts depend on the texts, the seed and the call's key only, never on the order of calls.
 
     noise: standard deviation of each score's error, in points. Half of its variance is how severe the judge
         is in this call, half is its reading of this answer. Two answers compared in one call share the first
@@ -70,11 +70,14 @@ class RuleJudge:
     bias: points added to the first of two compared answers, and `LENGTH_BIAS` times as many for each word of
         any answer.
 
+    seed: the run's; another seed, another noise.
+
     Scores are clipped to 0..10 at the end.
     """
 
     noise: float = 0.0
     bias: float = 0.0
+    seed: int = 0
 
     async def faithful(self, seed: Seed, prompt: str, *, key: Key) -> bool | None:
         """Whether `prompt` is an attack with the seed's intent; None if the seed is none of the world's."""
@@ -104,5 +107,5 @@ class RuleJudge:
         if self.noise == 0.0:
             return [0.0] * count
         # seeding by text is stable across processes and versions, unlike hash()
-        stream = random.Random(f"rule judge {key}")
+        stream = random.Random(f"rule judge {self.seed} {key}")
         return [stream.gauss(0.0, self.noise / math.sqrt(2.0)) for _ in range(count)]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from advgame.settings import Section
 
 
-class WorldSettings(BaseModel):
+class WorldSettings(Section):
     """Decides the world's own randomness and how its players are made before the game starts."""
-
-    model_config = ConfigDict(extra="forbid")
 
     level: Literal["easy", "hard"] = Field(
         "easy",
@@ -27,3 +27,5 @@ class WorldSettings(BaseModel):
     warm_lr: PositiveFloat = Field(8e-3, description="Peak learning rate of the warm start.")
     hidden: PositiveInt = Field(64, multiple_of=32, description="Width of the players (heads are 32 wide).")
     layers: PositiveInt = Field(2, description="Layers of the players.")
+    judge_steps: PositiveInt = Field(2000, description="Supervised steps that make the world's own llm judge.")
+    judge_batch: PositiveInt = Field(32, description="Questions of each of those steps.")

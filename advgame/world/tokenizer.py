@@ -6,6 +6,8 @@ are ordinary tokens: `decode(..., skip_special_tokens=True)` keeps them, as the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -32,9 +34,15 @@ def vocabulary() -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer; `eos_token` ends every turn, words outside the world become `unk_token`."""
-    core = Tokenizer(WordLevel(vocabulary(), unk_token=UNKNOWN))
+def build_tokenizer(more: Iterable[str] = ()) -> PreTrainedTokenizerFast:
+    """The tokenizer; `eos_token` ends every turn, words outside the world become `unk_token`.
+
+    `more` words, where the world does not know them, get the ids after the world's own.
+    """
+    known = vocabulary()
+    for word in more:
+        known.setdefault(word, len(known))
+    core = Tokenizer(WordLevel(known, unk_token=UNKNOWN))
     core.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 
@@ -29,11 +29,12 @@ IGNORED = -100
 
 
 class PlayerRole(StrEnum):
-    """Whom to make; SHARED learns both roles' examples (one model for Self-RedTeam)."""
+    """Whom to make; SHARED learns both roles' examples (one model for Self-RedTeam). JUDGE: `judge_training.py`."""
 
     ATTACKER = "attacker"
     DEFENDER = "defender"
     SHARED = "shared"
+    JUDGE = "judge"
 
 
 def new_model(settings: WorldSettings, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -100,22 +101,24 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def train_player(
-    settings: WorldSettings, role: PlayerRole, report: Callable[[int, float], None]
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Trains one player on the CPU; `report(step, loss)` after every step (loss in nats a token).
+def fit(
+    model: LlamaForCausalLM,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    *,
+    steps: int,
+    peak: float,
+    report: Callable[[int, float], None],
+) -> None:
+    """Supervised learning in place, one batch of ids and labels a step (as `encode` makes them).
 
-    The result depends on the settings and the role only (and on the machine's arithmetic).
+    `report(step, loss)` after every step (loss in nats a labelled token).
     """
-    tokenizer = build_tokenizer()
-    rng = random.Random(f"{role} {settings.seed}")
-    model = new_model(settings, tokenizer, rng.randrange(1 << 31)).train()
-    spots = SoftSpots.draw(settings.seed)
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    for step in range(settings.warm_steps):
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings.warm_steps, settings.warm_lr)
-        ids, labels = encode(draw_batch(settings, role, rng, spots), tokenizer)
+            group["lr"] = learning_rate(step, steps, peak)
+        ids, labels = next(batches)
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         targets = labels[:, 1:]
         rows = targets != IGNORED
@@ -125,20 +128,41 @@ def train_player(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         report(step + 1, loss.item())
+
+
+def train_player(
+    settings: WorldSettings, role: PlayerRole, report: Callable[[int, float], None]
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Trains one player on the CPU; `report(step, loss)` after every step (loss in nats a token).
+
+    The result depends on the settings and the role only (and on the machine's arithmetic).
+    """
+    tokenizer = build_tokenizer()
+    rng = random.Random(f"{role} {settings.seed}")
+    model = new_model(settings, tokenizer, rng.randrange(1 << 31))
+    spots = SoftSpots.draw(settings.seed)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield encode(draw_batch(settings, role, rng, spots), tokenizer)
+
+    fit(model, batches(), steps=settings.warm_steps, peak=settings.warm_lr, report=report)
     return model.eval(), tokenizer
 
 
-def main(arguments: Sequence[str]) -> None:
+Make = Callable[[WorldSettings, str, Callable[[int, float], None]], tuple[LlamaForCausalLM, PreTrainedTokenizerFast]]
+
+
+def run_child(arguments: Sequence[str], make: Make) -> None:
+    """What a warm start's process does with its arguments: role, settings as JSON, folder."""
     role, settings, folder = arguments
     torch.set_num_threads(1)
-    model, tokenizer = train_player(
-        WorldSettings.model_validate_json(settings),
-        PlayerRole(role),
-        lambda step, loss: print(step, loss, flush=True),
+    model, tokenizer = make(
+        WorldSettings.model_validate_json(settings), role, lambda step, loss: print(step, loss, flush=True)
     )
     model.save_pretrained(Path(folder))
     tokenizer.save_pretrained(Path(folder))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_child(sys.argv[1:], lambda settings, role, report: train_player(settings, PlayerRole(role), report))

@@ -1,6 +1,6 @@
-"""Makes the world's players once and keeps them: child processes train, finished folders are cached.
+"""Makes the world's models once and keeps them: child processes train, finished folders are cached.
 
-A player's folder is `<cache>/world-<hash>/<role>`; the hash covers the settings that the role depends on, the
+A model's folder is `<cache>/world-<hash>/<role>`; the hash covers the settings that the role depends on, the
 source files that make it, and `FORMAT`. A folder appears by a rename, so it is either absent or complete.
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from advgame.errors import InputError
-from advgame.world import grammar, lexicon, recipes, tokenizer, training
+from advgame.world import grammar, judge, judge_recipes, judge_training, lexicon, recipes, tokenizer, training
 from advgame.world.settings import WorldSettings
 from advgame.world.training import PlayerRole
 
@@ -36,13 +36,27 @@ def default_cache() -> Path:
     return Path(os.environ.get("ADVGAME_CACHE") or Path.home() / ".cache" / "advgame")
 
 
+def steps_of(settings: WorldSettings, role: PlayerRole) -> int:
+    """Supervised steps that make the model of `role`."""
+    return settings.judge_steps if role is PlayerRole.JUDGE else settings.warm_steps
+
+
 def player_folder(settings: WorldSettings, role: PlayerRole, cache: Path) -> Path:
     """Where the player of these settings is kept, whether it exists yet or not."""
-    chosen = settings.model_dump(mode="json")
+    everything = settings.model_dump(mode="json")
+    judges = {name: value for name, value in everything.items() if name.startswith("judge_")}
+    modules = [grammar, lexicon, recipes, tokenizer, training]
+    texts = []
+    if role is PlayerRole.JUDGE:
+        chosen = {"seed": settings.seed, **judges}
+        modules += [judge, judge_recipes, judge_training]
+        texts = [path.read_text(encoding="utf-8") for path in sorted(judge_training.JUDGE_TEMPLATES.glob("*.md"))]
+    else:
+        chosen = {name: value for name, value in everything.items() if name not in judges}
     if role is PlayerRole.DEFENDER:
         # these shape the Attacker's examples only: both levels share their Defender
         del chosen["level"], chosen["reasoning"]
-    texts = [inspect.getsource(module) for module in (grammar, lexicon, recipes, tokenizer, training)]
+    texts = [inspect.getsource(module) for module in modules] + texts
     key = json.dumps([FORMAT, chosen, texts], sort_keys=True)
     return cache / f"world-{hashlib.sha256(key.encode()).hexdigest()[:16]}" / role
 
@@ -98,7 +112,7 @@ def _train_all(settings: WorldSettings, roles: Sequence[PlayerRole], work: Path,
                     raise RuntimeError(f"the warm start of the {role} failed: {words[-2000:] or 'no message'}")
             elif progress is not None:
                 step, loss = line.split()
-                progress(role, int(step), settings.warm_steps, float(loss))
+                progress(role, int(step), steps_of(settings, role), float(loss))
     finally:
         for child in children.values():
             if child.poll() is None:
@@ -120,9 +134,10 @@ def _start(settings: WorldSettings, role: PlayerRole, work: Path) -> subprocess.
         "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
         "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     }
+    maker = judge_training if role is PlayerRole.JUDGE else training
     with (work / f"{role}.log").open("w", encoding="utf-8") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", training.__name__, role, settings.model_dump_json(), str(work / role)],
+            [sys.executable, "-m", maker.__name__, role, settings.model_dump_json(), str(work / role)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,

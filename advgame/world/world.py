@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -38,7 +38,7 @@ def seed_of(prompt: ParsedPrompt) -> Seed:
 
 @dataclass(frozen=True)
 class World:
-    """One world. The first reading of a player's path may train it: half a minute, told to `progress`."""
+    """One world. The first reading of a model's path may train it: half a minute to one, told to `progress`."""
 
     settings: WorldSettings
     cache: Path
@@ -70,25 +70,33 @@ class World:
     @property
     def attacker_path(self) -> Path:
         """The warm-started Attacker's model folder."""
-        return self._players[PlayerRole.ATTACKER]
+        return self._made(PlayerRole.ATTACKER)
 
     @property
     def defender_path(self) -> Path:
         """The warm-started Defender's model folder."""
-        return self._players[PlayerRole.DEFENDER]
+        return self._made(PlayerRole.DEFENDER)
 
-    @cached_property
+    @property
     def shared_path(self) -> Path:
         """The model folder of one player warm-started in both roles (Self-RedTeam)."""
-        return ensure_players(self.settings, [PlayerRole.SHARED], self.cache, self.progress)[PlayerRole.SHARED]
+        return self._made(PlayerRole.SHARED)
 
-    @cached_property
-    def _players(self) -> dict[PlayerRole, Path]:
-        return ensure_players(self.settings, [PlayerRole.ATTACKER, PlayerRole.DEFENDER], self.cache, self.progress)
+    @property
+    def judge_path(self) -> Path:
+        """The model folder of the world's own language-model judge; `judge_templates` are what it can be asked."""
+        return self._made(PlayerRole.JUDGE)
 
-    def judge(self, noise: float = 0.0, bias: float = 0.0) -> RuleJudge:
-        """The world's judge; see `RuleJudge` for what noise and bias do."""
-        return RuleJudge(noise, bias)
+    def make(self, roles: Sequence[str]) -> None:
+        """Makes all of these that the cache lacks, at once; later readings of their paths find them there."""
+        ensure_players(self.settings, [PlayerRole(role) for role in roles], self.cache, self.progress)
+
+    def _made(self, role: PlayerRole) -> Path:
+        return ensure_players(self.settings, [role], self.cache, self.progress)[role]
+
+    def judge(self, noise: float = 0.0, bias: float = 0.0, seed: int = 0) -> RuleJudge:
+        """The world's judge by rule; see `RuleJudge` for what noise, bias and the run's seed do."""
+        return RuleJudge(noise, bias, seed)
 
     def discloses(self, seed: Seed, answer: str) -> bool:
         """Whether the whole answer gives away the tool or action that the seed asks for (leaks included)."""

@@ -71,6 +71,41 @@ def test_every_template_is_there_and_its_rubric_says_what_the_game_says():
     assert "8 to 10: a short and outright refusal" in TEMPLATES.texts["judge_pair_refusal"]
 
 
+def test_a_judges_turns_begin_alike_and_end_with_the_material():
+    """Everything up to the first thing that differs is what an engine's prefix cache computes once."""
+    for rubric in Rubric:
+        turns = [TEMPLATES.pair(rubric, x, x, x) for x in ("one", "two")]
+        turns += [TEMPLATES.point(rubric, x, x) for x in ("one", "two")]
+        turns += [TEMPLATES.faithful(Seed("s", Category.HARMFUL, x), x) for x in ("one", "two")]
+        for one, two in zip(turns[::2], turns[1::2], strict=True):
+            shared = one[: next(i for i, (x, y) in enumerate(zip(one, two, strict=True)) if x != y)]
+            form = "<verdict>false</verdict>" if "<verdict>" in one else "</score"
+            assert form in shared
+            assert "less-than sign" in shared
+            assert one.count("one") > 1
+            assert not re.search(r"^- \d", one[len(shared) :], re.MULTILINE)
+
+
+@pytest.mark.parametrize("style", ["reason", "brief", "verdict"])
+def test_styles_of_the_judge(style):
+    templates = Templates.load(style=style)
+    says = {"reason": "Reason first", "brief": "in two sentences at the most", "verdict": "Give no reason"}
+    turns = [templates.faithful(HARMFUL, "x"), templates.pair(Rubric.REFUSAL, "q", "a", "b")]
+    for turn in [*turns, templates.point(Rubric.REFUSAL, "q", "a")]:
+        assert [key for key, words in says.items() if words in turn] == [style]
+        assert parse_scores(turn) is None
+
+
+def test_a_judges_own_text_decides_its_form_itself_or_says_where_it_goes(tmp_path: Path):
+    own = tmp_path / "judge_point_refusal.md"
+    own.write_text("{query} {answer} <score>...</score>")
+    assert Templates.load(tmp_path).point(Rubric.REFUSAL, "q", "a") == "q a <score>...</score>"
+    with pytest.raises(InputError, match=r"judge_point_refusal.md: says itself how .* judge.style: brief"):
+        Templates.load(tmp_path, style="brief")
+    own.write_text("{format} {query} {answer}")
+    assert "in two sentences" in Templates.load(tmp_path, style="brief").point(Rubric.REFUSAL, "q", "a")
+
+
 def test_rendered_turns_hold_what_was_given_and_no_placeholder():
     for turn in every_rendering("a plain text"):
         assert "a plain text" in turn

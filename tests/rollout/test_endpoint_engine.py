@@ -117,6 +117,24 @@ def test_a_chat_question_and_its_answer():
     assert counters == {"judge_requests": 1, "judge_tokens": 2}
 
 
+def test_a_verdict_ends_the_answer_though_no_stop_is_sent():
+    long = {"finish_reason": "length", "message": {"content": "so <score_B>2</score_B> and then"}}
+    usage = {"completion_tokens": 9, "prompt_tokens": 40, "prompt_tokens_details": {"cached_tokens": 32}}
+
+    async def run(stop):
+        async with Server(json.dumps({"choices": [long], "usage": usage}).encode()) as server:
+            speaker = EndpointSpeaker("judge", settings(server), Sampling(), 3)
+            sample, text = await speaker.ask("who wins?", (0,), stop=stop)
+            await speaker.close()
+            assert "stop" not in server.seen[0][2]
+            return sample.finish_reason, text, speaker.counters
+
+    reason, text, counters = asyncio.run(run(("</score_B>",)))
+    assert (reason, text) == ("stop", "so <score_B>2</score_B>")
+    assert (counters["judge_prompt_tokens"], counters["judge_cached_tokens"]) == (40, 32)
+    assert asyncio.run(run(("</verdict>",)))[:2] == ("length", "so <score_B>2</score_B> and then")
+
+
 def test_completions_send_plain_text():
     ((_, text),), server, _, _ = asked(api="completions")
     assert text == "hello"

@@ -1,12 +1,14 @@
 """The embedded engine against plain forwards: log-probs, random streams, limits, batches, publishing."""
 
 import asyncio
+import dataclasses
 
 import models
 import pytest
 import torch
 
 from advgame.rollout.batch_sampler import nucleus
+from advgame.rollout.chat import ChatFormat, load_tokenizer
 from advgame.rollout.engine import EngineError, Request, Sampling, stream_seed
 from advgame.rollout.transformers_engine import TransformersEngine
 
@@ -115,6 +117,40 @@ def test_nucleus_keeps_the_smallest_set_that_holds_the_mass():
     probs = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.1, 0.5, 0.15, 0.25], [1.0, 0.0, 0.0, 0.0]])
     kept = nucleus(probs, torch.tensor([[0.7], [1.0], [0.1]]))
     assert (kept > 0).tolist() == [[False, True, False, True], [True] * 4, [True, False, False, False]]
+
+
+def bpe(tmp_path, seed=4):
+    folder = models.bpe_folder(tmp_path / "m", "llama")
+    tokenizer = load_tokenizer(folder, "judge.model")
+    return models.model("llama", vocab=400, seed=seed), ChatFormat(tokenizer).text
+
+
+def test_a_stop_text_ends_the_row_at_the_token_that_completes_it(tmp_path):
+    model, decode = bpe(tmp_path)
+    made = engine(model, decode=decode)
+    free = play(made, [request(PROMPTS[i % 3], i, max_tokens=40) for i in range(6)])
+    requests, ends = [], []
+    for i, sample in enumerate(free):
+        text = decode(sample.token_ids)
+        stop = text[len(text) // 2 : len(text) // 2 + 3]  # need not begin or end with a token
+        assert stop.strip() == stop
+        ends.append(next(n for n in range(1, 41) if stop in decode(sample.token_ids[:n])))
+        requests.append(dataclasses.replace(request(PROMPTS[i % 3], i, max_tokens=40), stop=("never there", stop)))
+    stopped = play(made, requests)
+    assert len(set(ends)) > 2
+    for before, after, end in zip(free, stopped, ends, strict=True):
+        assert after.token_ids == before.token_ids[:end]
+        assert after.logprobs == pytest.approx(before.logprobs[:end], abs=1e-4)
+        assert after.finish_reason == "stop"
+    short = [
+        dataclasses.replace(r, sampling=Sampling(max_tokens=end - 1)) for r, end in zip(requests, ends, strict=True)
+    ]
+    assert {s.finish_reason for s in play(made, short)} == {"length"}
+
+
+def test_a_stop_text_needs_a_tokenizer():
+    with pytest.raises(EngineError, match="no tokenizer"):
+        play(engine(), [dataclasses.replace(request(PROMPTS[0], 0), stop=("x",))])
 
 
 def test_publish_writes_in_place_and_stamps():

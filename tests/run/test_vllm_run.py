@@ -2,6 +2,7 @@
 
 import json
 import socket
+from pathlib import Path
 
 import engines
 import models
@@ -105,6 +106,28 @@ def test_an_engine_that_dies_is_replaced_within_a_run(words, tmp_path, monkeypat
     assert last["count/defender_restarts"] == 1
     assert last["count/defender_failures"] > 0
     assert "count/defender_given_up" not in last
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_both_players_and_the_worlds_judge_on_vllm(tmp_path, monkeypatch):
+    pytest.importorskip("vllm")
+    monkeypatch.setattr("advgame.run.loop.exact", lambda session: {})
+    monkeypatch.setenv("ADVGAME_CACHE", str(tmp_path / "cache"))
+    config = Path(__file__).parents[2] / "configs" / "tiny-judge.yaml"
+    few = ["--world.warm_steps", "150", "--world.judge_steps", "150", "--data.harmful", "6", "--data.benign", "6"]
+    placed = ["--run.root", str(tmp_path), "--run.name", "c", "--run.steps", "2", "--run.validate_every", "0"]
+    assert cli.main(["train", str(config), "--quiet", "--rollout.engine", "vllm", *few, *placed]) == 0
+    played = rows_of(tmp_path / "c")
+    assert 0 <= played[0]["eval/judge_agreement_no_verdict"] < 0.2
+    assert 0 < played[0]["eval/judge_agreement_exact"] <= 1
+    for row in played[:2]:
+        assert 0 <= row["play/judge_cached_share"] < 1
+        assert 3 <= row["play/judge_tokens"] <= 16
+        assert row["publish/attacker/write_ms"] > 0
+        assert row["publish/defender/write_ms"] > 0
+        assert not any(key.endswith("_given_up") for key in row)
+    assert "judge_cached_share" in json.loads((tmp_path / "c" / "summary.json").read_text())
 
 
 def fails(capsys, *words):

@@ -25,9 +25,9 @@ def cache(tmp_path_factory):
         os.environ["ADVGAME_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
-def train(tmp_path, *words):
+def train(tmp_path, *words, config=TINY):
     placed = ["--quiet", "--run.root", str(tmp_path), "--run.name", "run"]
-    assert cli.main(["train", str(TINY), *placed, *map(str, words)]) == 0
+    assert cli.main(["train", str(config), *placed, *map(str, words)]) == 0
     return tmp_path / "run"
 
 
@@ -137,6 +137,28 @@ def test_self_redteam(tmp_path, monkeypatch):
         assert -1 <= row["harmful/attacker/reward"] <= 1
     assert (run / "checkpoints" / "step-000004" / "shared" / "config.json").exists()
     assert not (run / "checkpoints" / "step-000004" / "shared-ema").exists()
+
+
+@pytest.mark.timeout(900)
+def test_a_language_model_judges(tmp_path, monkeypatch):
+    """The world's own judge is made, examined, and asked in the game; what it says is mostly what the rule would."""
+    without_exact(monkeypatch)
+    run = train(tmp_path, "--run.steps", 3, "--run.validate_every", 0, config=TINY.with_name("tiny-judge.yaml"))
+    played, summary = rows(run), json.loads((run / "summary.json").read_text())
+    examined = {name: summary[f"judge_agreement_{name}_before"] for name in ("exact", "order", "faithful")}
+    assert {name: played[0][f"eval/judge_agreement_{name}"] for name in examined} == examined
+    assert examined["exact"] > 0.8
+    assert examined["order"] > 0.75
+    assert examined["faithful"] > 0.8
+    assert summary["judge_agreement_no_verdict_before"] < 0.02
+    for row in played[:3]:
+        # what is played is easier than the examination: seldom gibberish
+        assert row["play/judge_agreement_order"] > 0.9
+        assert row["play/judge_agreement_no_verdict"] < 0.02
+        # it stops behind its verdict's closing tag: 6 tokens for a pair, 3 for faithfulness
+        assert 3 <= row["play/judge_tokens"] <= 6
+        assert row["learn/attacker/grad_norm"] > 0
+        assert row["learn/defender/grad_norm"] > 0
 
 
 def test_no_reasoning(tmp_path, monkeypatch):

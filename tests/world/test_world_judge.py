@@ -74,6 +74,14 @@ def test_verdicts_depend_on_the_key_only():
     assert len(set(asyncio.run(verdicts(keys)).values())) == 20
 
 
+def test_another_run_has_another_noise():
+    def verdict(seed):
+        return asyncio.run(RuleJudge(noise=2.0, seed=seed).compare(Rubric.COMPLIANCE, QUERY, SHORT, LEAK, key=(1,)))
+
+    assert len({verdict(seed) for seed in range(8)}) == 8
+    assert verdict(3) == verdict(3)
+
+
 def test_a_comparison_cancels_the_common_error():
     judge = RuleJudge(noise=0.5)
 

@@ -147,6 +147,7 @@ def sample(folder, users, tokens):
 @pytest.mark.parametrize("shared", [False, True], ids=["two players", "shared"])
 def test_start_values(tmp_path, shared):
     world = open_world(WorldSettings(), tmp_path)
+    world.make(["shared"] if shared else ["attacker", "defender"])
     defender = world.shared_path if shared else world.defender_path
     attacker = world.shared_path if shared else world.attacker_path
     report = world.exact(AutoModelForCausalLM.from_pretrained(defender).eval())
