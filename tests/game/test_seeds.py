@@ -137,7 +137,7 @@ GOOD = b'{"prompt": "a", "category": "benign"}\n'
         ("s.jsonl", b"", ["s.jsonl", "no rows"]),
         ("s.jsonl", b"\n \n", ["s.jsonl", "no rows"]),
         ("s.jsonl.gz", b"not gzip", ["s.jsonl.gz", "damaged gzip"]),
-        ("s.jsonl.gz", gzip.compress(GOOD * 99)[:-9], ["s.jsonl.gz", "damaged gzip"]),
+        ("s.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-9], ["s.jsonl.gz", "damaged gzip"]),
         ("s.json", GOOD + GOOD, ["s.json line 2", "name it .jsonl"]),
         ("s.json", GOOD, ["s.json", "an object where a list"]),
         ("s.json", b"[1]", ["s.json item 1", "a number"]),
