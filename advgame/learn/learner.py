@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import torch
-from advgame_kernels import ema_update_
+from advgame_kernels import ema_decay
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from advgame.config import LearnSettings
 from advgame.errors import InputError
 from advgame.game.pairs import Group, Member, Pair
+from advgame.game.tree import Sample
 from advgame.learn.attention import packed_hidden, use_packed_attention
 from advgame.learn.objective import (
     Head,
@@ -34,16 +36,27 @@ from advgame.learn.objective import (
 )
 from advgame.learn.packing import PackedBatch, micro_batches, pack
 from advgame.learn.reference import ReferenceChoice, snapshot, weights_of
+from advgame.publish.capture import PublishPass
 from advgame.rollout.chat import first_line
 
 Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class SamplerGap:
+    """|sampler − trainer| of summed log-probs, nats a sequence: mean and largest; and the mean length in tokens."""
+
+    mean: float
+    largest: float
+    tokens: float
 
 
 class Learner:
     """One player in training.
 
     model: live player, fp32, packed attention. shadow: fp32 EMA by parameter name, empty when the live player
-    samples. initial: the weights before training, kept only where an objective refers to them.
+    samples. initial: the weights before training, kept only where an objective refers to them. updates: optimiser steps
+    made; averages: steps of the shadow.
     """
 
     def __init__(
@@ -79,6 +92,8 @@ class Learner:
         )
         self.reference = ReferenceChoice(settings.reference, settings.reference_tolerance)
         self.updates = 0
+        self.averages = 0
+        self._publish = PublishPass()
 
     def _head_checked(self, field: str) -> None:
         config = self.model.config.get_text_config()
@@ -107,7 +122,7 @@ class Learner:
         if not pairs:
             return {"pairs": 0.0}
         sums = {"loss": 0.0, "margin": 0.0, "accuracy": 0.0, "entropy": 0.0}
-        reference_gap, changes = 0.0, []
+        gaps, changes = [], []
         units = ((pair, (pair.chosen, pair.rejected)) for pair in pairs)
         for part in micro_batches(units, self.settings.micro_tokens):
             batch = pack([s for pair in part for s in (pair.chosen, pair.rejected)], self.model.device)
@@ -123,14 +138,15 @@ class Learner:
                 sums["entropy"] += float(out.entropy.mean()) * share
             if recomputed:
                 gap = sampled - reference
-                reference_gap += float(gap.abs().mean()) * share
+                gaps.append((float(gap.abs().mean()), float(gap.abs().max()), share))
                 if self.settings.length_normalised:
                     gap = gap / sequence_lengths(batch)
                 shift = gap[0::2] - gap[1::2]
                 changes.append((coefficient_change(out.margins - shift, out.margins, self.settings), share))
         sums["grad_norm"] = self._apply(progress)
         if changes:
-            sums["reference_gap"] = reference_gap
+            sums["reference_gap"] = sum(mean * share for mean, _, share in gaps)
+            sums["reference_gap_max"] = max(most for _, most, _ in gaps)
             sums["reference_change"] = max(change for change, _ in changes)
             if self.reference.decided is None:
                 self.reference.measured(sums["reference_change"])
@@ -143,6 +159,17 @@ class Learner:
         initial = self.reference.decided == "initial"
         logps = self._reference_logps(batch, self.initial if initial else self.shadow)
         return sequence_sums(logps, batch), not initial
+
+    def sampler_gap(self, samples: Sequence[Sample]) -> SamplerGap:
+        """How far the sampler's log-probs are from these weights' own, on as many samples as one forward takes.
+
+        Called before an update: what sampled is then the average (the live player where there is none), unchanged.
+        """
+        part = next(micro_batches(((s, (s,)) for s in samples), self.settings.micro_tokens))
+        batch = pack(list(part), self.model.device)
+        weights = self.shadow or {name: p.data for name, p in self.parameters.items()}
+        gap = sequence_sums(batch.sampler_logps - self._reference_logps(batch, weights), batch).abs()
+        return SamplerGap(float(gap.mean()), float(gap.max()), float(sequence_lengths(batch).float().mean()))
 
     def update_groups(self, groups: Sequence[Group], progress: float) -> Metrics:
         """One optimiser step of GRPO or REINFORCE++ on `groups`. No member that learns: no step."""
@@ -205,18 +232,16 @@ class Learner:
     @torch.no_grad()
     def publish_into(self, served: Mapping[str, Tensor]) -> None:
         """Moves the EMA one step and writes it into an engine's tensors in the same pass (live player: a copy)."""
-        names = list(self.parameters)
-        destinations = [served[name] for name in names]
-        live = [self.parameters[name].data for name in names]
         if self.shadow:
-            shadow = [self.shadow[name] for name in names]
-            # an engine whose weights go through host memory is written in a second pass
-            near = all(out.device == own.device for out, own in zip(destinations, shadow, strict=True))
-            ema_update_(shadow, live, self.settings.ema_decay, publish=destinations if near else None)
-            if not near:
-                torch._foreach_copy_(destinations, shadow)
+            self._publish(self.shadow, self.parameters, served, self._next_decay())
         else:
-            torch._foreach_copy_(destinations, live)
+            self.serve_into(served)
+
+    def _next_decay(self) -> float:
+        """Counts an update of the shadow and returns its decay."""
+        self.averages += 1
+        how = self.settings
+        return ema_decay(how.ema_schedule, self.averages, decay=how.ema_decay, gamma=how.ema_gamma)
 
     @torch.no_grad()
     def serve_into(self, served: Mapping[str, Tensor]) -> None:
