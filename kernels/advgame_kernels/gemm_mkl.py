@@ -1,8 +1,8 @@
 """MKL's product of bfloat16 matrices with float32 results, out of the library that CPU torch brings along.
 
 torch's own CPU products round their results to bfloat16. Intel's library, linked into the x86 wheels, also has
-`cblas_gemm_bf16bf16f32`: bfloat16 operands, float32 sums and results, and `C := A·B + beta·C`. It is found by name; where
-it is missing (other processors, other builds of torch) or would only be emulated, callers convert to float32 instead.
+`cblas_gemm_bf16bf16f32`: bfloat16 operands, float32 sums and results, and `C := A·B + beta·C`. It is found by name;
+where it is missing (other processors, other builds of torch) or would only be emulated, callers convert to float32.
 """
 
 from __future__ import annotations
