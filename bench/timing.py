@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -17,7 +18,7 @@ class Timing:
 
     milliseconds: float  # median
     spread: float  # (third quartile − first) / median
-    extra_bytes: int | None  # peak of device memory above what was there before; None on the CPU
+    extra_bytes: int | None  # peak of memory above what was there before, of the device or of this process
 
 
 def _once(run: Callable[[], object], device: torch.device) -> float:
@@ -34,15 +35,31 @@ def _once(run: Callable[[], object], device: torch.device) -> float:
 
 
 def _extra_memory(run: Callable[[], object], device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
     gc.collect()
+    if device.type != "cuda":
+        return _extra_resident(run)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def _extra_resident(run: Callable[[], object]) -> int | None:
+    """Peak resident memory of this process above the level before, in bytes; Linux forgets the old peak when told."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        run()
+        return max(0, _status("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _status(name: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in text.splitlines() if line.startswith(f"{name}:")))
 
 
 def alternate(contenders: Mapping[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, Timing]:

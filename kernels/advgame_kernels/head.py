@@ -195,6 +195,22 @@ def row_chunks(start: int, stop: int, budget: int) -> Iterator[slice]:
         yield slice(start + rows * i // pieces, start + rows * (i + 1) // pieces)
 
 
+def _keeps_graph() -> bool:
+    """Whether the backward pass that runs now leaves its graph for another one; True where torch does not tell."""
+    told = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if told is None else bool(told())
+
+
+def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """A new tensor grad · upstream in `dtype`, rounded once."""
+    out = torch.empty_like(grad, dtype=dtype)
+    # torch's CPU loops convert through a copy of the whole output, which would be as large as the gradient
+    step = len(grad) if grad.is_cuda or dtype == grad.dtype else gemm.CPU_BLOCK
+    for start in range(0, len(grad), max(1, step)):
+        torch.mul(grad[start : start + step], upstream, out=out[start : start + step])
+    return out
+
+
 class _Attach(torch.autograd.Function):
     """Gives a loss the gradients that were computed along with it."""
 
@@ -209,13 +225,17 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        # Out of place, so that a retained graph may be used again; the product lands in the gradient's final dtype.
+        keep = _keeps_graph()
+        as_is = not upstream.is_cuda and bool(upstream == 1)  # on a GPU the question would have to wait for it
         scaled: list[Tensor | None] = []
         for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
             if grad is None:
                 scaled.append(None)
+            elif keep or grad.dtype != dtype:
+                # out of place when the graph may be used again; the product lands in the gradient's final dtype
+                scaled.append(_scaled(grad, upstream, dtype))
             else:
-                scaled.append(torch.mul(grad, upstream, out=torch.empty_like(grad, dtype=dtype)))
+                scaled.append(grad if as_is else grad.mul_(upstream))
         return None, *scaled, None, None, None
 
 
