@@ -1,4 +1,7 @@
-"""The command line: `advgame train | resume | config | data | publish`. Bad input: one line on stderr, exit code 2."""
+"""The command line: `advgame train | resume | config | data | eval | eval-judge | publish`.
+
+Bad input: one line on stderr, exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from advgame import __version__
+from advgame.evals.command import add_eval_arguments
 from advgame.game.dataset import add_data_arguments
 
 MISSING = {
@@ -54,6 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_data_arguments(commands.add_parser("data", help="describe, clean and split a seed file"))
 
+    add_eval_arguments(commands.add_parser("eval", help="measure safety, over-refusal and utility of models"))
+
     publish = commands.add_parser(
         "publish",
         help="show how weights reach an engine",
@@ -89,7 +95,7 @@ def _main(argv: list[str]) -> int:
 
     arguments, overrides = build_parser().parse_known_args(argv)
     try:
-        if overrides and arguments.command in ("data", "publish"):
+        if overrides and arguments.command in ("data", "eval", "eval-judge", "publish"):
             raise InputError(f"unexpected argument {overrides[0]!r}; see advgame {arguments.command} --help")
         return COMMANDS[arguments.command](arguments, overrides)
     except InputError as error:
@@ -175,7 +181,20 @@ def _publish(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return run_publish(arguments)
 
 
-COMMANDS = {"train": _train, "resume": _resume, "config": _config, "data": _data, "publish": _publish}
+def _eval(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from advgame.evals.command import run_eval
+
+    return run_eval(arguments)
+
+
+COMMANDS = {
+    "train": _train,
+    "resume": _resume,
+    "config": _config,
+    "data": _data,
+    "eval": _eval,
+    "publish": _publish,
+}
 
 if __name__ == "__main__":
     sys.exit(main())
