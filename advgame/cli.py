@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from advgame import __version__
-from advgame.evals.command import add_eval_arguments
+from advgame.evals.command import add_audit_arguments, add_eval_arguments
 from advgame.game.dataset import add_data_arguments
 
 MISSING = {
@@ -59,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_arguments(commands.add_parser("data", help="describe, clean and split a seed file"))
 
     add_eval_arguments(commands.add_parser("eval", help="measure safety, over-refusal and utility of models"))
+    add_audit_arguments(commands.add_parser("eval-judge", help="audit a judge or classifier against labels"))
 
     publish = commands.add_parser(
         "publish",
@@ -187,12 +188,19 @@ def _eval(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return run_eval(arguments)
 
 
+def _eval_judge(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from advgame.evals.audit_command import run_eval_judge
+
+    return run_eval_judge(arguments)
+
+
 COMMANDS = {
     "train": _train,
     "resume": _resume,
     "config": _config,
     "data": _data,
     "eval": _eval,
+    "eval-judge": _eval_judge,
     "publish": _publish,
 }
 

@@ -26,6 +26,24 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
+def add_audit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "judge", metavar="JUDGE", help="rule, rule?noise=2&bias=1, score@MODEL, compare@MODEL, or a classifier"
+    )
+    parser.add_argument(
+        "--data", default="world", help="labelled file, or `world` (default): exact labels of the tiny world"
+    )
+    parser.add_argument(
+        "--rubric", choices=("compliance", "deflection", "refusal"), default="compliance", help="of judges that score"
+    )
+    parser.add_argument("--repeats", type=int, default=2, metavar="N", help="calls of each question (default 2)")
+    parser.add_argument("--temperature", type=float, default=0.6, help="of a judge that samples (default 0.6)")
+    parser.add_argument("--limit", type=int, metavar="N", help="first N rows only")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the calls and figures; continued if there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
 def run_eval(arguments: argparse.Namespace) -> int:
     """0: done. Raises InputError before anything heavy loads where that can be told."""
     from rich.console import Console

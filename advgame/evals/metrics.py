@@ -16,7 +16,7 @@ from advgame.evals.classify import Verdict
 from advgame.evals.row import EvalRow
 from advgame.evals.stats import Estimate, macro, micro
 
-Family = Literal["safety", "over-refusal", "utility"]
+Family = Literal["safety", "over-refusal", "utility", "judge"]
 
 
 @dataclass(frozen=True)

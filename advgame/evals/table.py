@@ -15,7 +15,7 @@ from rich.table import Table
 
 from advgame.evals.metrics import Result
 
-FAMILIES = ("safety", "over-refusal", "utility")
+FAMILIES = ("safety", "over-refusal", "utility", "judge")
 Key = tuple[str, str, tuple[str, str] | None]
 """Set, metric, and the part of a breakdown."""
 
@@ -66,8 +66,8 @@ def make_table(results: Results, *, title: str, parts: bool = False, published: 
         rows = [key for key in order if _any(found, key).family == family]
         for number, key in enumerate(key for key in rows if _shown(key, rows, parts)):
             first = _any(found, key)
-            sign = "↓" if first.better == "lower" else "↑"
-            name = f"{key[0]} {key[1]} {sign}" if key[2] is None else f"  {key[1]}, {key[2][0]} {key[2][1]}"
+            sign = {"lower": " ↓", "higher": " ↑"}.get(first.better, "")
+            name = f"{key[0]} {key[1]}{sign}" if key[2] is None else f"  {key[1]}, {key[2][0]} {key[2][1]}"
             text = f"[bold]{family}[/bold]\n{name}" if number == 0 else name
             mark = "" if key[2] is not None else str(legend.setdefault(_convention(first), len(legend) + 1))
             cells = [cell(found[model].get(key)) for model in results]
