@@ -91,12 +91,12 @@ def _label(row: Row, name: str) -> bool | None:
 
 def world_pairs(rubric: Rubric = Rubric.COMPLIANCE) -> Iterator[Pair]:
     """All 1008 pairs of well-formed answers to the tiny world's 48 requests; the exact score is the label."""
-    for intent in INTENTS:
+    for turn, intent in enumerate(INTENTS):
         for number, (a, b) in enumerate(combinations(responses(intent), 2)):
             difference = rule_score(rubric, request(intent), a.text) - rule_score(rubric, request(intent), b.text)
             winner = (difference > 0) - (difference < 0)
             # the better answer stands first and second equally often
-            one, two, winner = (a, b, winner) if number % 2 else (b, a, -winner)
+            one, two, winner = (a, b, winner) if (turn + number) % 2 else (b, a, -winner)
             yield Pair(f"{intent.name}:{number}", request(intent), one.text, two.text, winner)
 
 

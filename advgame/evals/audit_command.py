@@ -51,13 +51,13 @@ def run_eval_judge(arguments: argparse.Namespace) -> int:
     if settings is not None:
         settings.temperature = arguments.temperature
     spec = check_classifier(settings, "JUDGE") if settings else check_judge(arguments.judge, "JUDGE")[1]
-    console, stderr = Console(), Console(stderr=True, quiet=arguments.quiet)
+    console, stderr = Console(), Console(stderr=True, soft_wrap=True)
     if spec is not None and spec.endpoint is not None:
         stderr.print(f"egress: judge {spec.endpoint.url}, and nothing else leaves this machine", highlight=False)
     out: Path = arguments.out or Path("evals") / f"judge-{digest(arguments.judge) % 16**6:06x}"
     store = Store(out / "calls.jsonl")
     counters: Counter[str] = Counter()
-    with progress(stderr) as watch:
+    with progress(stderr, arguments.quiet) as watch:
         results = asyncio.run(
             audit(arguments, labelled, settings, spec, rubric, store, counters, watch(f"asking {arguments.judge}"))
         )

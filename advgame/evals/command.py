@@ -72,11 +72,11 @@ def run_eval(arguments: argparse.Namespace) -> int:
             raise InputError(f"{out}: holds an evaluation already; choose another --out, or leave --fresh out")
         evaluation = check(suite, arguments.models, out, arguments.limit)
     console = Console()
-    stderr = Console(stderr=True, quiet=arguments.quiet)
+    stderr = Console(stderr=True, soft_wrap=True)
     for note in evaluation.notes:
         stderr.print(note, highlight=False)
     shown = len(evaluation.notes)
-    with progress(stderr) as watch:
+    with progress(stderr, arguments.quiet) as watch:
         if settings is not None:
             asyncio.run(rescore(evaluation, settings, watch))
         else:
@@ -101,12 +101,12 @@ def run_eval(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def progress(console) -> Iterator:  # type: ignore[no-untyped-def,type-arg]
+def progress(console, quiet) -> Iterator:  # type: ignore[no-untyped-def,type-arg]
     """A bar a stage on `console`; yields what starts one."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=console.quiet) as bar:
+    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
 
         def watch(stage: str):  # type: ignore[no-untyped-def]
             task = bar.add_task(stage, total=None)

@@ -9,8 +9,8 @@ the preference p on the difference in length,
     p ~ sigmoid(a + b tanh(d / s) [+ c g]),     d = characters of the model's answer - the baseline's,
 
 with s the standard deviation of d over questions and g the question's difficulty (column `instruction_difficulty`,
-where the file has it), fitted by Newton's method with soft labels on the mean log-loss and an L2 penalty of 0.01 / 2 on
-b and c; then the rate is the mean of sigmoid(a + c g): what the model would get with answers of the baseline's length.
+where the file has it), fitted by Newton's method with soft labels on the mean log-loss and an L2 penalty of 0.001 / 2
+on b and c; then the rate is the mean of sigmoid(a + c g): what the model would get with answers of the baseline's length.
 It is not the official number: that one adds two published "gamed" baselines to the fit, and uses an L1 penalty chosen
 by cross-validation.
 
@@ -138,7 +138,7 @@ def _controlled(target: np.ndarray, lengths: np.ndarray, difficulty: np.ndarray)
     return float(_sigmoid(design @ weights).mean())
 
 
-def fit_logistic(design: np.ndarray, target: np.ndarray, penalty: float = 0.01, steps: int = 50) -> np.ndarray:
+def fit_logistic(design: np.ndarray, target: np.ndarray, penalty: float = 0.001, steps: int = 50) -> np.ndarray:
     """Weights (features,) of a logistic regression with soft targets in [0, 1] on `design` (rows, features).
 
     Newton's method on the mean log-loss plus `penalty` / 2 times the squared weights, the first (the constant) aside,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
@@ -41,7 +42,8 @@ def cell(result: Result | None) -> str:
         return "no number: " + ", ".join(left)
     scale, form = (100.0, ".1f") if result.percent else (1.0, ".3f")
     value, low, high = (f"{number * scale:{form}}" for number in (estimate.value, estimate.low, estimate.high))
-    return "; ".join([f"{value} [{low}, {high}] n={estimate.n}", *left])
+    between = "no interval" if math.isnan(estimate.low) else f"[{low}, {high}]"
+    return "; ".join([f"{value} {between} n={estimate.n}", *left])
 
 
 def make_table(results: Results, *, title: str, parts: bool = False, published: bool = False) -> Table:
@@ -126,8 +128,15 @@ def _any(found: Mapping[str, Mapping[Any, Result]], key: Any) -> Result:
 
 def export_json(results: Results, path: Path, more: Mapping[str, Any]) -> None:
     """Everything, nested by model."""
-    tree = {name: [asdict(result) for result in listed] for name, listed in results.items()}
+    tree = {name: [_plain(asdict(result)) for result in listed] for name, listed in results.items()}
     path.write_text(json.dumps({**more, "results": tree}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """NaN as null, which every JSON reader knows."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 COLUMNS = (
