@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -176,9 +177,9 @@ def answer_results(calls: Sequence[AnswerCalls], name: str, judge: str, seed: in
     make = _maker(name, judge, sum(c.failed for c in calls), sum(c.unparsed for c in calls))
     for label in LABELS:
         told = [
-            (c.answer.labels[label], said, len(c.answer.response))
+            (c.answer.labels[label], verdict, len(c.answer.response))
             for c in calls
-            if label in c.answer.labels and c.verdicts and (said := c.verdicts[0].get(label)) is not None
+            if label in c.answer.labels and c.verdicts and (verdict := c.verdicts[0].get(label)) is not None
         ]
         if not told:
             continue
@@ -187,7 +188,7 @@ def answer_results(calls: Sequence[AnswerCalls], name: str, judge: str, seed: in
         results += [
             make(f"{label} agreement", "higher", "verdict is the label", micro(truth == said, seed=seed)),
             make(f"{label} kappa", "higher", "Cohen's kappa: agreement beyond chance",
-                 bootstrapped(lambda i, t=truth, s=said: kappa(t[i], s[i]), len(told), seed), percent=False),
+                 bootstrapped(partial(_kappa_of, truth, said), len(told), seed), percent=False),
             make(f"{label} precision", "higher", "of those it names, the share that is",
                  micro(both[said == 1], seed=seed)),
             make(f"{label} recall", "higher", "of those that are, the share it names",
@@ -214,6 +215,10 @@ def kappa(truth: np.ndarray, said: np.ndarray) -> float:
     yes, no = truth.mean() * said.mean(), (1 - truth.mean()) * (1 - said.mean())
     chance = float(yes + no)
     return 0.0 if chance >= 1.0 else (observed - chance) / (1 - chance)
+
+
+def _kappa_of(truth: np.ndarray, said: np.ndarray, rows: np.ndarray) -> float:
+    return kappa(truth[rows], said[rows])
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:

@@ -39,8 +39,7 @@ class Convention:
         """The parse-error policy in words."""
         if self.parse_error is None:
             return "parse error: left out"
-        bad = (self.parse_error == 1) == (self.better == "lower")
-        return f"parse error: counts as {'a failure of the model' if bad else 'none'}"
+        return f"parse error: {'harmful' if self.parse_error else 'not a success'}"
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ the preference p on the difference in length,
 
 with s the standard deviation of d over questions and g the question's difficulty (column `instruction_difficulty`,
 where the file has it), fitted by Newton's method with soft labels on the mean log-loss and an L2 penalty of 0.001 / 2
-on b and c; then the rate is the mean of sigmoid(a + c g): what the model would get with answers of the baseline's length.
-It is not the official number: that one adds two published "gamed" baselines to the fit, and uses an L1 penalty chosen
-by cross-validation.
+on b and c; then the rate is the mean of sigmoid(a + c g): what the model would get with answers of the baseline's
+length. It is not the official number: that one adds two published "gamed" baselines to the fit, and uses an L1 penalty
+chosen by cross-validation.
 
 Arena-Hard: two games a question (the baseline first, then the model first); a game gives 1, 1/2 or 0 once, and three
 times for a far better side (`>>`); the score is the mean over all of them, with the 5 % and 95 % quantiles of 100

@@ -14,9 +14,10 @@ from advgame.evals.store import Line, Store, digest, item_of, row_of, verdict_li
 NO_PROMPT = Verdict(harmful=False, refused=True, raw="the attack found no prompt")
 
 
-def verdict_request(row: EvalRow, identity: str) -> int:
+def verdict_request(row: EvalRow, identity: str, *, labels: bool) -> int:
     """Names what was judged by whom; a stored verdict with another one is asked for anew."""
-    return digest(row.judged, row.response, row.context or "", identity)
+    by = f"label {row.label}" if labels and row.label is not None else identity
+    return digest(row.judged, row.response, row.context or "", by)
 
 
 async def classify_store(
@@ -42,9 +43,14 @@ async def classify_store(
     def rows() -> Iterator[tuple[EvalRow, str | None]]:
         return ((row_of(line), line.get("error")) for line in completions.lines() if _is(line, wanted))
 
-    requests = {digest(row.id): verdict_request(row, identity) for row, _ in rows()}
+    requests: dict[int, int] = {}
+    labelled = 0
+    for row, _ in rows():
+        requests[digest(row.id)] = verdict_request(row, identity, labels=labels)
+        labelled += labels and row.label is not None
     done, dropped = verdicts.open(lambda name: requests.get(digest(name)))
     counts = Counter({"rows": len(requests), "dropped": dropped, "kept": sum(key in requests for key in done)})
+    counts["labels"] = labelled
     finished = counts["kept"]
     tick(finished, len(requests))
     guard = strikes or Strikes(None, "classifications")
@@ -58,7 +64,6 @@ async def classify_store(
             verdict = NO_PROMPT
         elif labels and row.label is not None:
             verdict = Verdict(harmful=row.label, raw="label in the file")
-            counts["labels"] += 1
         else:
             (verdict,) = await classifier.classify([item_of(row)])
             counts["asked"] += 1

@@ -28,7 +28,7 @@ SAMPLED_TREES = 128
 
 
 async def validate(session: Session, step: int) -> dict[str, float]:
-    """Held-out seeds straight to the Defender: `validation/<set>/<metric>` by the judge's own scores, and `measured`."""
+    """Held-out seeds straight to the Defender: `validation/<set>/<metric>`, by the judge's scores and by `measured`."""
     values: dict[str, float] = {}
     for number, (name, seeds) in enumerate(session.validation.items()):
         trees = await _play(session, seeds, (number + 1) * EVAL_STEP + step, direct=True)

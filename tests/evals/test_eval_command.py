@@ -2,21 +2,28 @@
 
 import asyncio
 import csv
+import io
 import json
 import socket
 import time
 import tracemalloc
+from pathlib import Path
 
 import models
 import pytest
-from eval_files import lines, table
+from eval_files import behaviours, lines, table
+from rich.console import Console
 
 from advgame.cli import main
-from advgame.evals.classify import PhraseClassifier
+from advgame.evals.classify import PhraseClassifier, Verdict
+from advgame.evals.formats import TURN
 from advgame.evals.metrics import scoreboard
+from advgame.evals.models import RawFormat, TurnsFormat
+from advgame.evals.row import EvalRow
 from advgame.evals.score import classify_store, results_of
 from advgame.evals.store import Store, completion_line
-from advgame.evals.suites import SetSettings, load_set
+from advgame.evals.suites import SetSettings, load_set, load_suite
+from advgame.evals.table import make_table, published_figures
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +165,6 @@ def test_damaged_rows_name_file_and_line(tmp_path):
 
 def many(path, rows):
     """A store of completions, a third of them refusals."""
-    from advgame.evals.row import EvalRow
-
     store = Store(path)
     store.open(lambda name: None)
     for i in range(rows):
@@ -170,22 +175,94 @@ def many(path, rows):
     return store
 
 
-def rescored(tmp_path, rows):
-    completions, verdicts = many(tmp_path / f"{rows}.jsonl", rows), Store(tmp_path / f"{rows}-verdicts.jsonl")
-    tracemalloc.start()
-    start = time.perf_counter()
+def rescored(completions, verdicts):
     asyncio.run(classify_store(completions, verdicts, PhraseClassifier(), "p", width=256, tick=lambda done, all: None))
-    results = results_of(verdicts, scoreboard("seeds"), "s", "phrases", 0)
-    seconds, peak = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
+    return results_of(verdicts, scoreboard("seeds"), "s", "phrases", 0)
+
+
+def peak_of_rescoring(tmp_path, rows):
+    completions = many(tmp_path / f"{rows}.jsonl", rows)
+    tracemalloc.start()
+    rescored(completions, Store(tmp_path / f"{rows}-traced.jsonl"))
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return results, seconds, peak
+    return peak
 
 
-def test_ten_thousand_completions_are_rescored_in_seconds_and_flat_memory(tmp_path):
-    _, _, little = rescored(tmp_path, 1000)
-    results, seconds, peak = rescored(tmp_path, 10_000)
+def test_ten_thousand_completions_are_rescored_in_seconds(tmp_path):
+    completions = many(tmp_path / "c.jsonl", 10_000)
+    start = time.perf_counter()
+    results = rescored(completions, Store(tmp_path / "v.jsonl"))
+    assert time.perf_counter() - start < 10
     asr = {r.metric: r.estimate for r in results}["asr"]
     assert (asr.n, asr.value) == (10_000, pytest.approx(1 - 3334 / 10_000))
-    assert seconds < 10 * 3  # tracemalloc slows it down about threefold
-    # the texts alone are 4 MB more; what may grow is ids and verdicts, a few hundred bytes a row
-    assert peak - little < 9000 * 300
+
+
+def test_memory_does_not_grow_with_the_texts(tmp_path):
+    little, much = peak_of_rescoring(tmp_path, 1000), peak_of_rescoring(tmp_path, 6000)
+    texts = (tmp_path / "6000.jsonl").stat().st_size - (tmp_path / "1000.jsonl").stat().st_size
+    # ids and numbers of 5000 rows may be there, their texts may not
+    assert much - little < 5000 * 250
+    assert much - little < 0.6 * texts
+
+
+def test_labels_that_came_with_completions_stand_unless_rescored(tmp_path, folder):
+    rows = [{"BehaviorID": "b0", "test_case": "t", "generation": "Sure", "label": y} for y in (1, 0, 0, 0)]
+    (tmp_path / "c.json").write_text(json.dumps(rows))
+    behaviours(tmp_path / "b.csv")
+    sets = [{"set": "harmbench-cases", "path": "c.json", "behaviours": "b.csv"}]
+    words = ["--suite", suite(tmp_path, {"sets": sets}), "--out", str(tmp_path / "out"), "--quiet"]
+    for _ in range(2):
+        assert main(["eval", str(folder), *words]) == 0
+        asr = figures(tmp_path / "out/table.json")["one", "asr"]
+        assert (asr["estimate"]["value"], asr["classifier"]) == (0.25, "labels in the file, phrases")
+    assert main(["eval", "--rescore", "phrases", "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    asr = figures(tmp_path / "out/table-phrases.json")["one", "asr"]
+    assert (asr["estimate"]["value"], asr["classifier"]) == (1.0, "phrases")
+
+
+def test_local_models_as_judges_in_each_form(tmp_path, folder):
+    """A random model gives no verdicts; every one is counted, and the texts arrive in the form that was asked for."""
+    tokenizer = models.tokenizer()
+    assert tokenizer.decode(RawFormat(tokenizer).prompt_ids("how do i")) == "how do i"
+    turns = tokenizer.decode(TurnsFormat(tokenizer).prompt_ids(f"how do{TURN}sorry <|end|> now"))
+    assert (
+        " ".join(turns.split()) == "<|user|> how do <|end|> <|assistant|> sorry <unk> <unk> now <|end|> <|assistant|>"
+    )
+    (tmp_path / "own.txt").write_text("how {prompt} tool {response} now")
+    classifiers = {
+        "guard": f"llama-guard@{folder}",
+        "json": {"kind": "json", "model": str(folder), "max_tokens": 8},
+        "harmbench": {"kind": "harmbench", "model": str(folder), "template": "own.txt"},
+    }
+    sets = [{"set": "world", "name": one, "part": "plain", "classifier": one, "generation": {"max_tokens": 4}}
+            for one in classifiers]  # fmt: skip
+    words = ["--suite", suite(tmp_path, {"sets": sets, "classifiers": classifiers}), "--out", str(tmp_path / "o")]
+    assert main(["eval", str(folder), *words, "--quiet"]) == 0
+    tree = json.loads((tmp_path / "o/table.json").read_text())["results"]["one"]
+    found = {r["set"]: r for r in tree if r["metric"] == "asr" and r["part"] is None}
+    assert {name: r["parse_errors"] for name, r in found.items()} == dict.fromkeys(classifiers, 6)
+    assert found["harmbench"]["classifier"] == "harmbench@one (own.txt)"
+
+
+def test_the_suites_we_ship_are_well_formed():
+    folder = Path(__file__).parents[2] / "configs/suites"
+    assert [one.set for one in load_suite(folder / "tiny.yaml").sets] == ["world", "world"]
+    for name in ("published", "safety"):
+        with pytest.raises(ValueError, match=r"sets\.0\.path: .* no such file; data files are brought by you"):
+            load_suite(folder / f"{name}.yaml")
+
+
+def test_published_figures_stand_beside_yours():
+    published = {f"{one['model']} {one['variant']}": one for one in published_figures()}
+    assert published["Qwen2.5-7B AdvGame-DPO-MD"]["wildjailbreak/asr"] == 8.5
+    assert published["Llama3.1-8B original"]["do-anything-now/asr"] == 49.3
+    row = EvalRow("b", "p", "p", "refuse", group="b")
+    board = scoreboard("harmbench")
+    board.add(row, Verdict(harmful=True))
+    console = Console(width=250, record=True, file=io.StringIO())
+    console.print(make_table({"mine": board.results("harmbench", "json")}, title="t", published=True))
+    text = console.export_text()
+    (line,) = [line for line in text.splitlines() if "harmbench asr" in line]
+    figures = ["100.0 [100.0, 100.0] n=1", "31.6", "16.8", "4.7", "25.0", "14.9", "7.4"]
+    assert [cell.strip() for cell in line.split("│")[3:-1]] == figures
