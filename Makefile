@@ -19,7 +19,7 @@ test-fast: $(VENV)/.dev
 
 # The tests that need real vLLM, on the CPU: 3.4 GB more, about 10 minutes.
 test-vllm: $(VENV)/.vllm
-	$(BIN)/python -m pytest tests/publish tests/rollout tests/run/test_vllm_run.py
+	$(BIN)/python -m pytest tests/publish tests/rollout tests/run/test_vllm_run.py tests/evals/test_vllm_eval.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

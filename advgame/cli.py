@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from advgame import __version__
 from advgame.doctor import add_doctor_arguments
+from advgame.evals.command import add_audit_arguments, add_eval_arguments
 from advgame.game.dataset import add_data_arguments
 from advgame.lab.arguments import add_lab_arguments
 from advgame.plan.arguments import add_plan_arguments
@@ -29,65 +33,103 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"advgame: {message}; see {self.prog} --help\n")
 
 
+@dataclass(frozen=True)
+class Command:
+    """One subcommand. run: "module:function", imported when called; overrides: it takes `--section.field value`."""
+
+    name: str
+    help: str
+    description: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: str
+    overrides: bool = False
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="YAML file, for example configs/tiny.yaml")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="play N seeds, one after another (default 1)")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but the run folder")
+
+
+def _resume_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but the run folder")
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, nargs="?", help="YAML file (default: no file, the defaults)")
+    parser.add_argument("--show", action="store_true", help="print the resolved tree as YAML (the default)")
+    parser.add_argument("--fields", action="store_true", help="print every field with its default and meaning")
+
+
+def _publish_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plan", type=Path, required=True, metavar="MODEL", help="Hugging Face model folder")
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="workers of an engine (default 1)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="the engine's weights")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the plan as JSON")
+    parser.add_argument("--diff", type=Path, metavar="FILE", help="compare with a saved plan; exit code 1: differs")
+
+
+COMMANDS = (
+    Command(
+        "train", "play and learn from a config",
+        "Starts a run. Every setting can be overridden: --section.field value (all of them: advgame config --fields).",
+        _train_arguments, "advgame.entry:run_train", overrides=True,
+    ),
+    Command(
+        "resume", "continue a run", "Continues a run where it stopped.",
+        _resume_arguments, "advgame.entry:run_resume", overrides=True,
+    ),
+    #REPORT
+    Command(
+        "config", "show settings", "Shows settings; runs nothing.",
+        _config_arguments, "advgame.entry:run_config", overrides=True,
+    ),
+    Command(
+        "data", "describe, clean and split a seed file", "Describes, cleans and splits a seed file.",
+        add_data_arguments, "advgame.game.dataset:run_data",
+    ),
+    Command(
+        "doctor", "check this machine", "Looks at versions, GPUs, memory, disk and ports; changes nothing.",
+        add_doctor_arguments, "advgame.doctor:run_doctor", overrides=True,
+    ),
+    Command(
+        "plan", "split GPUs among trainer and engines",
+        "Estimates memory, time and energy of a config on so many GPUs; loads no weights.",
+        add_plan_arguments, "advgame.plan.command:run_plan", overrides=True,
+    ),
+    Command(
+        "lab", "play every variant in the tiny world",
+        "Plays the variants of the game over seeds and tables them; continues where it stopped.",
+        add_lab_arguments, "advgame.lab.command:run_lab",
+    ),
+    Command(
+        "eval", "measure safety, over-refusal and utility of models",
+        "Answers a suite's prompts with models, classifies and scores the answers; continues where it stopped.",
+        add_eval_arguments, "advgame.evals.command:run_eval",
+    ),
+    Command(
+        "eval-judge", "audit a judge or classifier against labels",
+        "Measures agreement, position and length bias, and consistency of a judge.",
+        add_audit_arguments, "advgame.evals.audit_command:run_eval_judge",
+    ),
+    #REDTEAM
+    Command(
+        "publish", "show how weights reach an engine",
+        "Records the copy plan of a model from vLLM's own loader; writes no weights.",
+        _publish_arguments, "advgame.publish.command:run_publish",
+    ),
+)  # fmt: skip
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="advgame", description="Trains an Attacker and a Defender against each other with preference losses."
     )
     parser.add_argument("--version", action="version", version=f"advgame {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    train = commands.add_parser(
-        "train",
-        help="play and learn from a config",
-        description="Starts a run. Every setting can be overridden: --section.field value "
-        "(all of them: advgame config --fields).",
-    )
-    train.add_argument("config", type=Path, help="YAML file, for example configs/tiny.yaml")
-    train.add_argument("--seeds", type=int, default=1, metavar="N", help="play N seeds, one after another (default 1)")
-    train.add_argument("--quiet", action="store_true", help="print nothing but the run folder")
-
-    resume = commands.add_parser("resume", help="continue a run", description="Continues a run where it stopped.")
-    resume.add_argument("run", type=Path, help="the run's folder")
-    resume.add_argument("--quiet", action="store_true", help="print nothing but the run folder")
-
-    config = commands.add_parser("config", help="show settings", description="Shows settings; runs nothing.")
-    config.add_argument("config", type=Path, nargs="?", help="YAML file (default: no file, the defaults)")
-    config.add_argument("--show", action="store_true", help="print the resolved tree as YAML (the default)")
-    config.add_argument("--fields", action="store_true", help="print every field with its default and meaning")
-
-    add_data_arguments(commands.add_parser("data", help="describe, clean and split a seed file"))
-
-    doctor = commands.add_parser(
-        "doctor",
-        help="check this machine",
-        description="Looks at versions, GPUs, memory, disk and ports; changes nothing.",
-    )
-    add_doctor_arguments(doctor)
-
-    plan = commands.add_parser(
-        "plan",
-        help="split GPUs among trainer and engines",
-        description="Estimates memory, time and energy of a config on so many GPUs; loads no weights.",
-    )
-    add_plan_arguments(plan)
-
-    lab = commands.add_parser(
-        "lab",
-        help="play every variant in the tiny world",
-        description="Plays the variants of the game over seeds and tables them; continues where it stopped.",
-    )
-    add_lab_arguments(lab)
-
-    publish = commands.add_parser(
-        "publish",
-        help="show how weights reach an engine",
-        description="Records the copy plan of a model from vLLM's own loader; writes no weights.",
-    )
-    publish.add_argument("--plan", type=Path, required=True, metavar="MODEL", help="Hugging Face model folder")
-    publish.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="workers of an engine (default 1)")
-    publish.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="the engine's weights")
-    publish.add_argument("--save", type=Path, metavar="FILE", help="write the plan as JSON")
-    publish.add_argument("--diff", type=Path, metavar="FILE", help="compare with a saved plan; exit code 1: differs")
+    for command in COMMANDS:
+        command.arguments(commands.add_parser(command.name, help=command.help, description=command.description))
     return parser
 
 
@@ -113,9 +155,14 @@ def _main(argv: list[str]) -> int:
 
     arguments, overrides = build_parser().parse_known_args(argv)
     try:
-        if overrides and arguments.command in ("data", "lab", "publish"):
+        command = next(c for c in COMMANDS if c.name == arguments.command)
+        module, _, function = command.run.partition(":")
+        run = getattr(importlib.import_module(module), function)
+        if command.overrides:
+            return int(run(arguments, overrides))
+        if overrides:
             raise InputError(f"unexpected argument {overrides[0]!r}; see advgame {arguments.command} --help")
-        return COMMANDS[arguments.command](arguments, overrides)
+        return int(run(arguments))
     except InputError as error:
         return _fail(str(error))
     except EngineError as error:
@@ -134,93 +181,6 @@ def _fail(message: str, code: int = 2) -> int:
     print(f"advgame: {' '.join(message.split())}", file=sys.stderr)
     return code
 
-
-def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from advgame.config import load_config
-    from advgame.errors import InputError
-
-    if arguments.seeds < 1:
-        raise InputError("--seeds: give 1 or more")
-    config = load_config(arguments.config, overrides)
-    if arguments.seeds > 1 and config.run.name is not None:
-        raise InputError("run.name: several seeds need a folder each; leave the name out")
-
-    from rich.console import Console
-
-    from advgame.run.commands import run_train, summarise_seeds
-
-    folders = []
-    for offset in range(arguments.seeds):
-        seeded = config.model_copy(deep=True)
-        seeded.run.seed += offset
-        if seeded.world is not None:
-            seeded.world.seed += offset
-        folders.append(run_train(seeded, quiet=arguments.quiet))
-        if not (folders[-1] / "summary.json").is_file():
-            break  # stopped by Ctrl-C
-    finished = [folder for folder in folders if (folder / "summary.json").is_file()]
-    if len(finished) > 1:
-        summarise_seeds(finished, Console(quiet=arguments.quiet))
-    for folder in folders:
-        print(folder)
-    return 0
-
-
-def _resume(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from advgame.run.commands import run_resume
-
-    print(run_resume(arguments.run, overrides, quiet=arguments.quiet))
-    return 0
-
-
-def _config(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from advgame.config import Config, describe_fields, dump_config, load_config
-    from advgame.errors import InputError
-
-    if arguments.fields:
-        for name, default, meaning in describe_fields(Config):
-            print(f"{name} = {default}\n    {meaning}")
-        return 0
-    if arguments.config is None:
-        raise InputError("give a config file, for example: advgame config configs/tiny.yaml --show")
-    print(dump_config(load_config(arguments.config, overrides)), end="")
-    return 0
-
-
-def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from advgame.game.dataset import run_data
-
-    return run_data(arguments)
-
-
-def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from advgame.doctor import run_doctor
-
-    return run_doctor(arguments, overrides)
-
-
-def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from advgame.plan.command import run_plan
-
-    return run_plan(arguments, overrides)
-
-
-def _lab(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from advgame.lab.command import run_lab
-
-    return run_lab(arguments)
-
-
-def _publish(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from advgame.publish.command import run_publish
-
-    return run_publish(arguments)
-
-
-COMMANDS = {
-    "train": _train, "resume": _resume, "config": _config, "data": _data, "doctor": _doctor, "lab": _lab, "plan": _plan,
-    "publish": _publish,
-}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

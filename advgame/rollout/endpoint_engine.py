@@ -64,7 +64,12 @@ class EndpointSpeaker:
         self.name, self.settings, self.sampling, self.run_seed = name, settings, sampling, run_seed
         self.counters = Counter[str]() if counters is None else counters
         self.meter = Meter()
+        self.last_error = ""
         self._client = client_of(settings, name, self.counters)
+
+    def messages(self, user: str) -> list[dict[str, str]]:
+        """The conversation that is sent: one user turn."""
+        return [{"role": "user", "content": user}]
 
     async def ask(
         self, user: str, key: tuple[int, ...], sampling: Sampling | None = None, stop: tuple[str, ...] = ()
@@ -73,7 +78,7 @@ class EndpointSpeaker:
         body = _body(self.settings.model, sampling or self.sampling, stream_seed(self.run_seed, key))
         chat = self.settings.api == "chat"
         path = "/chat/completions" if chat else "/completions"
-        body |= {"messages": [{"role": "user", "content": user}]} if chat else {"prompt": user}
+        body |= {"messages": self.messages(user)} if chat else {"prompt": user}
         self.counters[f"{self.name}_requests"] += 1
         try:
             with self.meter.use():
@@ -82,7 +87,8 @@ class EndpointSpeaker:
             text = choice["message"]["content"] if chat else choice["text"]
             if not isinstance(text, str):
                 raise EngineError(f"{self.name}: the answer has no text")
-        except (EngineError, KeyError, TypeError):
+        except (EngineError, KeyError, TypeError) as error:
+            self.last_error = str(error) if isinstance(error, EngineError) else f"{self.name}: no text in the answer"
             self.counters[f"{self.name}_failures"] += 1
             self.counters[f"{self.name}_given_up"] += 1
             return None, ""

@@ -55,7 +55,7 @@ def stated_purpose(config: Config) -> str:
     raise InputError("run.purpose: say what this Attacker is trained for (it is recorded in the run folder)")
 
 
-def run_train(config: Config, *, quiet: bool = False) -> Path:
+def start(config: Config, *, quiet: bool = False) -> Path:
     """A new run; returns its folder. Raises InputError before any model is loaded where that can be told."""
     purpose = stated_purpose(config)
     plan = check(config)
@@ -69,7 +69,7 @@ def run_train(config: Config, *, quiet: bool = False) -> Path:
         return folder.path
 
 
-def run_resume(path: Path, overrides: list[str], *, quiet: bool = False) -> Path:
+def resume(path: Path, overrides: list[str], *, quiet: bool = False) -> Path:
     """Continues a run from its newest intact checkpoint, with `overrides` to its settings."""
     if not (path / "config.yaml").is_file():
         raise InputError(f"{path}: not a run folder (no config.yaml); give the folder that `advgame train` printed")

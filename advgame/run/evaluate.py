@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from transformers import PreTrainedModel
 
 from advgame.config import world_judges
+from advgame.evals.classify import Item, PhraseClassifier, WorldClassifier
+from advgame.evals.loaders.seeds import seed_row
+from advgame.evals.metrics import scoreboard
+from advgame.evals.stats import Estimate
 from advgame.game.llm_judge import LLMJudge
 from advgame.game.play import play_batch
 from advgame.game.rewards import tree_rewards
-from advgame.game.tree import Category, Outcome, Seed, Tree
+from advgame.game.tree import Outcome, Seed, Tree
 from advgame.learn.learner import load_model
 from advgame.rollout.transformers_engine import TransformersEngine
 from advgame.rollout.vllm_engine import VllmEngine
@@ -18,7 +22,6 @@ from advgame.run import names
 from advgame.run.metrics import judged_rates, play_metrics
 from advgame.run.session import Session, Side
 from advgame.world.agreement import agreement_in_play, examine
-from advgame.world.world import World
 
 EVAL_STEP = 1 << 30
 """Added to a step in the keys of evaluation, so that it never draws from the streams of training."""
@@ -28,12 +31,15 @@ SAMPLED_TREES = 128
 
 
 async def validate(session: Session, step: int) -> dict[str, float]:
-    """Held-out seeds straight to the Defender: `validation/<set>/<metric>` by the judge's own scores."""
+    """Held-out seeds straight to the Defender: `validation/<set>/<metric>`, by the judge's scores and by `measured`."""
     values: dict[str, float] = {}
     for number, (name, seeds) in enumerate(session.validation.items()):
         trees = await _play(session, seeds, (number + 1) * EVAL_STEP + step, direct=True)
-        measured = play_metrics(trees, [tree_rewards(t, session.rewards) for t in trees], version=step)
-        kept = {k: v for k, v in measured.items() if k in (names.ASR, names.COMPLIANCE) or k.endswith("/reward")}
+        played = play_metrics(trees, [tree_rewards(t, session.rewards) for t in trees], version=step)
+        kept = {k: v for k, v in played.items() if k in (names.ASR, names.COMPLIANCE) or k.endswith("/reward")}
+        for metric, estimate in measured(session, trees).items():
+            key = metric if session.world is not None else f"{metric}_phrases"
+            kept |= {key: estimate.value, f"{key}_low": estimate.low, f"{key}_high": estimate.high}
         values |= {f"validation/{name}/{key}": value for key, value in kept.items()}
     return values
 
@@ -51,7 +57,9 @@ async def sampled_success(session: Session, step: int) -> dict[str, float]:
         rates = judged_rates(trees)
         renamed = {names.EVAL_ASR: names.ASR, names.EVAL_COMPLIANCE: names.COMPLIANCE}
         return {new: rates[old] for new, old in renamed.items() if old in rates}
-    return _world_rates(session.world, trees)
+    found = measured(session, trees)
+    renamed = {names.EVAL_ASR: "asr", "eval/sampled_compliance": "benign_compliance"}
+    return {new: found[old].value for new, old in renamed.items() if old in found}
 
 
 def exact(session: Session) -> dict[str, float]:
@@ -125,21 +133,20 @@ async def _play(session: Session, seeds: Sequence[Seed], step: int, *, direct: b
     return await play_batch(table, seeds, step, in_flight=session.config.rollout.in_flight)
 
 
-def _world_rates(world: World, trees: Sequence[Tree]) -> dict[str, float]:
-    def answers(category: Category) -> Iterator[tuple[Seed, str]]:
-        for tree in trees:
-            if tree.seed.category is category:
-                for attack in tree.attacks:
-                    for response in attack.responses:
-                        if response.outcome is Outcome.OK and response.answer is not None:
-                            yield tree.seed, response.answer
+def measured(session: Session, trees: Iterable[Tree]) -> dict[str, Estimate]:
+    """The figures that `advgame eval` gives to the same answers (`evals/metrics.py`), by metric.
 
-    values = {}
-    for name, category, hit in (
-        (names.EVAL_ASR, Category.HARMFUL, world.discloses),
-        ("eval/sampled_compliance", Category.BENIGN, world.complies),
-    ):
-        hits = [hit(seed, answer) for seed, answer in answers(category)]
-        if hits:
-            values[name] = sum(hits) / len(hits)
-    return values
+    By the tiny world's exact judge, judged against the seed; elsewhere by refusal phrases, which tell refusals and
+    nothing of harm. Over valid responses (outcome `ok`).
+    """
+    world = session.world is not None
+    classifier = WorldClassifier() if world else PhraseClassifier(refusal_is_safety=False)
+    board = scoreboard("world" if world else "seeds")
+    for tree in trees:
+        row = seed_row(tree.seed)
+        for attack in tree.attacks:
+            for response in attack.responses:
+                if response.outcome is Outcome.OK and response.answer is not None:
+                    board.add(row, classifier.one(Item(row.judged, response.answer)))
+    results = board.results("validation", classifier.name)
+    return {r.metric: r.estimate for r in results if r.part is None and r.estimate is not None}

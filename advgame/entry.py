@@ -1,0 +1,60 @@
+"""`advgame train`, `resume` and `config`: settings are checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def run_train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Plays one run a seed; prints the folders."""
+    from advgame.config import load_config
+    from advgame.errors import InputError
+
+    if arguments.seeds < 1:
+        raise InputError("--seeds: give 1 or more")
+    config = load_config(arguments.config, overrides)
+    if arguments.seeds > 1 and config.run.name is not None:
+        raise InputError("run.name: several seeds need a folder each; leave the name out")
+
+    from rich.console import Console
+
+    from advgame.run.commands import start, summarise_seeds
+
+    folders = []
+    for offset in range(arguments.seeds):
+        seeded = config.model_copy(deep=True)
+        seeded.run.seed += offset
+        if seeded.world is not None:
+            seeded.world.seed += offset
+        folders.append(start(seeded, quiet=arguments.quiet))
+        if not (folders[-1] / "summary.json").is_file():
+            break  # stopped by Ctrl-C
+    finished = [folder for folder in folders if (folder / "summary.json").is_file()]
+    if len(finished) > 1:
+        summarise_seeds(finished, Console(quiet=arguments.quiet))
+    for folder in folders:
+        print(folder)
+    return 0
+
+
+def run_resume(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Continues a run; prints its folder."""
+    from advgame.run.commands import resume
+
+    print(resume(arguments.run, overrides, quiet=arguments.quiet))
+    return 0
+
+
+def run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Prints settings; runs nothing."""
+    from advgame.config import Config, describe_fields, dump_config, load_config
+    from advgame.errors import InputError
+
+    if arguments.fields:
+        for name, default, meaning in describe_fields(Config):
+            print(f"{name} = {default}\n    {meaning}")
+        return 0
+    if arguments.config is None:
+        raise InputError("give a config file, for example: advgame config configs/tiny.yaml --show")
+    print(dump_config(load_config(arguments.config, overrides)), end="")
+    return 0
