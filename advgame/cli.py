@@ -1,4 +1,7 @@
-"""The command line: `advgame train | resume | config | data | publish`. Bad input: one line on stderr, exit code 2."""
+"""The command line: `advgame train | resume | report | config | data | publish`.
+
+Bad input: one line on stderr, exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any, NoReturn
 
 from advgame import __version__
 from advgame.game.dataset import add_data_arguments
+from advgame.report.arguments import add_report_arguments
 
 MISSING = {
     "pydantic": "train", "yaml": "train", "transformers": "train", "rich": "train", "tensorboard": "train",
@@ -46,6 +50,13 @@ def build_parser() -> argparse.ArgumentParser:
     resume = commands.add_parser("resume", help="continue a run", description="Continues a run where it stopped.")
     resume.add_argument("run", type=Path, help="the run's folder")
     resume.add_argument("--quiet", action="store_true", help="print nothing but the run folder")
+
+    report = commands.add_parser(
+        "report",
+        help="write an HTML page about runs",
+        description="Writes one self-contained HTML file: curves, signs of failure, and a browser of trees.",
+    )
+    add_report_arguments(report)
 
     config = commands.add_parser("config", help="show settings", description="Shows settings; runs nothing.")
     config.add_argument("config", type=Path, nargs="?", help="YAML file (default: no file, the defaults)")
@@ -89,7 +100,7 @@ def _main(argv: list[str]) -> int:
 
     arguments, overrides = build_parser().parse_known_args(argv)
     try:
-        if overrides and arguments.command in ("data", "publish"):
+        if overrides and arguments.command in ("data", "publish", "report"):
             raise InputError(f"unexpected argument {overrides[0]!r}; see advgame {arguments.command} --help")
         return COMMANDS[arguments.command](arguments, overrides)
     except InputError as error:
@@ -175,7 +186,15 @@ def _publish(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return run_publish(arguments)
 
 
-COMMANDS = {"train": _train, "resume": _resume, "config": _config, "data": _data, "publish": _publish}
+def _report(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from advgame.report.command import run_report
+
+    return run_report(arguments)
+
+
+COMMANDS = {
+    "train": _train, "resume": _resume, "report": _report, "config": _config, "data": _data, "publish": _publish,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())
