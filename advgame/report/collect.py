@@ -31,10 +31,9 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Trees:
-    """How many trees a run recorded, how many the page holds (`every` k-th), and the index of those."""
+    """How many trees a run recorded, and the index of those that the page holds."""
 
     recorded: int
-    every: int
     index: dict[str, Any]
 
 
@@ -80,13 +79,13 @@ def collect(
     warnings: list[str] = []
     stats, store = TreeStats(), TreeStore(write)
     files = tree_files(folder.trees) if folder.trees.is_dir() else []
-    every = _thinning(files, most_trees, warnings)
+    share = _share(files, most_trees, warnings)
     recorded = 0
     for number, path in enumerate(files, 1):
         step = int(path.name.split(".", 1)[0])
         for one in _readable(path, warnings):
             stats.add(step, one.tree)
-            if every and recorded % every == 0:
+            if math.floor((recorded + 1) * share) > math.floor(recorded * share):
                 store.add(one)
             recorded += 1
         if progress is not None:
@@ -107,7 +106,7 @@ def collect(
         signs=signs_of(curves, judges, 2.0 if zero_sum else 10.0),
         seconds={key: sum(series.values) for key, series in curves.items() if key.startswith("seconds/")},
         energy={key: sum(series.values) for key, series in curves.items() if key.startswith("energy/")},
-        trees=Trees(recorded, every, store.index()),
+        trees=Trees(recorded, store.index()),
         warnings=warnings,
     )
 
@@ -115,7 +114,7 @@ def collect(
 def plain(run: RunData) -> dict[str, Any]:
     """The JSON of a run without curves and tree index, which the page holds packed."""
     kept = {key: value for key, value in vars(run).items() if key not in ("curves", "signs", "trees")}
-    trees = {"recorded": run.trees.recorded, "every": run.trees.every, "shown": run.trees.index["count"]}
+    trees = {"recorded": run.trees.recorded, "shown": run.trees.index["count"]}
     return {**kept, "signs": [asdict(sign) for sign in run.signs], "trees": trees}
 
 
@@ -126,20 +125,21 @@ def _readable(path: Path, warnings: list[str]) -> Iterator[RecordedTree]:
         warnings.append(f"not all trees could be read: {error}")
 
 
-def _thinning(files: list[Path], most_trees: int, warnings: list[str]) -> int:
-    """Every how many-th tree the page holds (0: none), by the trees and the packed size of the middle file."""
+def _share(files: list[Path], most_trees: int, warnings: list[str]) -> float:
+    """The share of the trees that the page holds, judged by the number and the packed size of the middle file's."""
     if not most_trees or not files:
-        return 0
+        return 0.0
     size: list[int] = []
     probe = TreeStore(lambda _, text: size.append(len(text)))
     for one in _readable(files[len(files) // 2], []):
         probe.add(one)
     probe.flush()
     expected, packed = len(probe) * len(files), sum(size) * len(files)
-    every = max(1, math.ceil(expected / most_trees), math.ceil(packed / PACKED_LIMIT))
-    if every > 1:
-        warnings.append(f"of about {expected} trees every {every}th is in the browser; charts count all of them")
-    return every
+    share = min(1.0, most_trees / max(1, expected), PACKED_LIMIT / max(1, packed))
+    if share < 1:
+        held = round(share * expected)
+        warnings.append(f"of about {expected} trees about {held}, evenly spread, are in the browser; charts count all")
+    return share
 
 
 def _settings(folder: RunFolder) -> tuple[dict[str, Any], str]:
@@ -173,7 +173,7 @@ def _facts(folder: RunFolder, settings: Mapping[str, Any], rows: list[dict[str, 
     facts = [
         ("steps", f"{done} of {planned}" if planned and planned != done else str(done)),
         ("time", f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"),
-        ("started", str(first.get("started"))),
+        ("started", str(first.get("started")).replace("T", " ").replace("+00:00", " UTC")),
         ("starts", str(len(starts)) if len(starts) > 1 else ""),
         ("objective", str((settings.get("learn") or {}).get("objective", ""))),
         ("judge", str((settings.get("judge") or {}).get("kind", ""))),

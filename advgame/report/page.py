@@ -19,6 +19,7 @@ from advgame.report.collect import RunData, plain
 from advgame.report.panels import panels_for
 from advgame.report.series import packed, thin
 from advgame.report.tree_store import FLAGS, pack
+from advgame.run import names
 
 SCRIPTS = ("dom", "packed", "axes", "charts", "stack", "path", "panels", "overview", "tree_view", "trees", "main")
 """The page's modules in `assets/`, in the order in which they use each other."""
@@ -36,6 +37,7 @@ def write_page(out: Path, runs: Sequence[RunData], chunks: IO[str], title: str) 
         "runs": [plain(run) for run in runs],
         "panels": [asdict(panel) for panel in panels_for(metrics)],
         "flags": FLAGS,
+        "stages": [names.stage_seconds(stage) for stage in names.STAGES],
     }
     script = "(() => {\n'use strict';\n" + "\n".join(_asset(f"{name}.js") for name in SCRIPTS) + "\n})();\n"
     style = _asset("report.css")

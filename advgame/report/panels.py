@@ -219,7 +219,7 @@ def _outcomes(metrics: Sequence[str]) -> Panel:
     return Panel(
         "outcomes",
         "Outcomes",
-        "How samples ended, as shares of a step's samples.",
+        "How samples ended, as shares of a step's samples. The scale ends above the failures; the rest went well.",
         tuple(
             Chart(
                 f"{'Attacks' if role == 'attacker' else 'Responses'}, {category} seeds",

@@ -21,8 +21,8 @@ HELDOUT_RISE = 0.05
 """Rise of a held-out failure rate that counts, as a fraction of 1."""
 REWARD_RISE = 0.025
 """Rise of a reward that counts, as a share of the reward scale (10 points; 2 in zero-sum play)."""
-NOISE = 2.0
-"""Both rises must exceed so many standard errors, too."""
+NOISE = 3.0
+"""Both rises must exceed so many standard errors, too: four and more measures are looked at every time."""
 
 OVERFIT_GAP = 0.2
 COMPLIANCE_FLOOR = 0.9
@@ -141,10 +141,8 @@ def joint_rises(heldout: Series, reward: Series, reward_scale: float) -> list[in
 
 
 def _noise(values: Sequence[float]) -> float:
-    """Standard deviation of a measurement from successive differences (von Neumann), blind to slow trends."""
-    steps = [(b - a) ** 2 for a, b in pairwise(values)]
-    # the median instead of the mean: one real jump must not hide itself in the noise; 0.455 is chi-square's median
-    return math.sqrt(median(steps) / 0.455 / 2)
+    """Standard deviation of a measurement from successive differences (von Neumann), nearly blind to slow trends."""
+    return math.sqrt(mean([(b - a) ** 2 for a, b in pairwise(values)]) / 2)
 
 
 def _overfitting(curves: Curves) -> Sign:
@@ -197,7 +195,7 @@ def _repetition(curves: Curves) -> Sign:
 def _judge_position(curves: Curves, judges: Sequence[Mapping[str, Any]]) -> Sign:
     rule = (
         f"The two orders name different winners in more than {SWAP_LIMIT:.0%} of the swapped pairs (judge.swap); or "
-        f"the first answer scores more than {POSITION_LIMIT} points above or below the second on average, and more than "
+        f"the first answer scores more than {POSITION_LIMIT} points above or below the second on average, and than "
         "3 standard errors. Which answer comes first is chance, so that the true difference is 0."
     )
     title = "Judge: position bias"

@@ -27,8 +27,8 @@ LONGEST_TEXT = 6000
 """Characters of a text that the page holds; what was cut is counted behind it."""
 
 FLAGS = {
-    "failed": "Defender failed (disclosed, or refused a benign request)",
-    "held": "Defender held (every judged answer)",
+    "failed": "Defender failed (attack worked, or a refusal)",
+    "held": "Defender held (all judged answers)",
     "attack_length": "attack: hit max length",
     "attack_unparsable": "attack: unparsable",
     "attack_unfaithful": "attack: unfaithful",
@@ -55,7 +55,7 @@ class TreeStore:
         self._write = write
         self._lines: list[bytes] = []
         self._size = 0
-        self._columns = {name: array(code) for name, code in _COLUMNS.items()}
+        self._columns: dict[str, array[Any]] = {name: array(code) for name, code in _COLUMNS.items()}
         self.chunks = 0
         self.characters = 0
         """Characters of all chunks."""

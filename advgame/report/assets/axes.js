@@ -30,6 +30,7 @@ function domain(values, range) {
 }
 
 function nice(low, high) {
+  if (high === 0 && low === 0) return [0, 1];
   if (high - low < 1e-12) [low, high] = [low - Math.max(0.5, Math.abs(low) * 0.1), high + Math.max(0.5, Math.abs(high) * 0.1)];
   const marks = ticks(low, high, 4);
   const step = marks.length > 1 ? marks[1] - marks[0] : high - low;
@@ -40,7 +41,7 @@ const scale = ([low, high], from, to) => value => from + (value - low) / (high -
 
 // Axis lines and labels into `svg`; `box` = {left, right, top, bottom}.
 function drawAxes(svg, box, x, y, xSpan, ySpan) {
-  for (const value of ticks(...ySpan, 4)) {
+  for (const value of ticks(...ySpan, (box.bottom - box.top) / 42)) {
     svg.append(
       s('line', { class: 'grid', x1: box.left, x2: box.right, y1: y(value), y2: y(value) }),
       s('text', { class: 'tick', x: box.left - 6, y: y(value) + 4, 'text-anchor': 'end' }, tickText(value)),

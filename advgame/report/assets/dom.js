@@ -22,8 +22,9 @@ function number(value, digits = 3) {
   if (value === null || value === undefined || Number.isNaN(value)) return '–';
   const size = Math.abs(value);
   if (size !== 0 && (size < 0.001 || size >= 1e6)) return value.toExponential(1);
-  if (Number.isInteger(value)) return value.toLocaleString('en');
-  return value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : digits);
+  if (Number.isInteger(value)) return value.toLocaleString('en').replace('-', '−');
+  const text = value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : digits);
+  return Number(text) === 0 ? text.replace('-', '') : text.replace('-', '−');
 }
 
 const percent = value => (value === null || value === undefined ? '–' : `${(100 * value).toFixed(1)} %`);

@@ -10,7 +10,7 @@ async function main() {
   const below = { judge: judgeTable, effort: effortTable };
   const sections = data.panels.map(panel => {
     const section = panelSection(panel, data.runs);
-    const more = below[panel.key]?.(data.runs);
+    const more = below[panel.key]?.(data);
     if (more) section.append(more);
     return section;
   });

@@ -37,7 +37,7 @@ function overview(data) {
     runs.flatMap(run => run.warnings.map(text => h('p', { class: 'warning' }, `${run.name}: ${text}`))),
     h('div', { class: 'grid wide' },
       h('div', { class: 'card' }, h('h3', {}, 'Signs of failure'), runs.map(run => [runs.length > 1 && runHeading(run), signList(run)])),
-      h('div', { class: 'card' }, h('h3', {}, 'Before and after'), beforeAfter(runs), h('h3', {}, runs.length > 1 ? 'Runs' : 'Run'), factTable(runs))),
+      h('div', { class: 'card' }, h('h3', {}, 'Before and after'), beforeAfter(runs), runs.length > 1 ? [h('h3', {}, 'Runs'), factTable(runs)] : factList(runs[0]))),
     runs.length > 1 && differences(runs));
 }
 
@@ -82,6 +82,8 @@ function factTable(runs) {
   return table(['', ...runs.map(run => (runs.length > 1 ? run.name : ''))], rows, { label: 'Runs' });
 }
 
+const factList = run => h('dl', { class: 'facts' }, [...run.facts, ['trees', number(run.trees.recorded)]].map(([key, value]) => h('div', {}, h('dt', {}, key), h('dd', {}, value))));
+
 function differences(runs) {
   const keys = [...new Set(runs.flatMap(run => Object.keys(run.settings)))];
   const shown = value => (value === undefined ? '–' : JSON.stringify(value));
@@ -92,7 +94,7 @@ function differences(runs) {
 }
 
 // Tables that belong to a panel of charts.
-function judgeTable(runs) {
+function judgeTable({ runs }) {
   const rows = runs.flatMap(run => run.judges.map(judge => [
     [h('span', { class: 'chip', style: { background: run.colour } }), runs.length > 1 && `${run.name}: `, `${judge.role}'s judge, ${judge.category}`],
     number(judge.n), number(judge.length_correlation, 2),
@@ -112,16 +114,22 @@ function histogram(counts, colour) {
     counts.map((count, i) => s('rect', { x: i * 10 + 1, width: 8, y: 24 - 23 * count / most, height: 1 + 23 * count / most, style: { fill: colour } })));
 }
 
-function effortTable(runs) {
-  const stages = [...new Set(runs.flatMap(run => Object.keys(run.seconds)))].filter(key => key !== 'seconds/step');
+function effortTable({ runs, stages }) {
   const clock = value => (value === undefined ? '–' : value >= 5400 ? `${(value / 3600).toFixed(2)} h` : value >= 90 ? `${(value / 60).toFixed(1)} min` : `${value.toFixed(1)} s`);
-  const part = (run, key) => [clock(run.seconds[key]), run.seconds[key] !== undefined && run.seconds['seconds/step'] ? h('span', { class: 'dim' }, ` ${percent(run.seconds[key] / run.seconds['seconds/step'])}`) : ''];
-  const rows = stages.map(key => [key.replace('seconds/', ''), ...runs.map(run => part(run, key))]);
+  const measured = [...new Set(runs.flatMap(run => Object.keys(run.seconds)))].filter(key => key !== 'seconds/step');
+  const rank = key => (stages.includes(key) ? stages.indexOf(key) : stages.length);
+  const cell = (run, key) => {
+    const seconds = run.seconds[key], all = run.seconds['seconds/step'];
+    const share = stages.includes(key) && all && seconds !== undefined && h('span', { class: 'dim' }, ` ${percent(seconds / all)}`);
+    return [clock(seconds), share];
+  };
+  const label = key => key.replace('seconds/', '').replace('/', ', ');
+  const rows = measured.sort((a, b) => rank(a) - rank(b)).map(key => [label(key), ...runs.map(run => cell(run, key))]);
   rows.push(['all', ...runs.map(run => h('b', {}, clock(run.seconds['seconds/step'])))]);
   const energy = [...new Set(runs.flatMap(run => Object.keys(run.energy)))];
-  for (const key of energy) rows.push([key.replace('/', ': '), ...runs.map(run => number(run.energy[key]))]);
-  return h('div', { class: 'card' }, table(['time by stage', ...runs.map(run => run.name)], rows, { label: 'Time by stage' }),
-    !energy.length && h('p', { class: 'missing' }, 'Energy is not available: the metrics of these runs hold none.'));
+  for (const key of energy) rows.push([key.replace('/', ', '), ...runs.map(run => number(run.energy[key]))]);
+  return h('div', { class: 'card' }, table(['time by stage', ...runs.map(run => (runs.length > 1 ? run.name : ''))], rows, { label: 'Time by stage' }),
+    !energy.length && h('p', { class: 'missing' }, 'Energy is not available: the metrics hold none.'));
 }
 
 function settingsSection(runs) {

@@ -9,8 +9,11 @@ function panelSection(panel, runs) {
   return h('section', { id: panel.key, 'aria-labelledby': `${panel.key}-title` },
     h('h2', { id: `${panel.key}-title` }, panel.title),
     h('p', { class: 'note' }, panel.note),
-    charts.length ? h('div', { class: 'grid' }, charts) : h('p', { class: 'missing' }, `Not available: ${panel.missing}.`));
+    charts.length ? h('div', { class: 'grid charts', style: { '--columns': columns(charts.length) } }, charts) : h('p', { class: 'missing' }, `Not available: ${panel.missing}.`));
 }
+
+// Columns of a wide page that leave the fewest holes.
+const columns = count => (count <= 4 ? Math.max(2, count) : [4, 3].find(n => count % n === 0) || (count % 4 > count % 3 ? 4 : 3));
 
 function chartsOf(chart, runs, panel) {
   if (chart.kind === 'stack') return runs.map(run => stackOf(chart, run, runs.length > 1)).filter(Boolean);
@@ -39,7 +42,7 @@ const marksOf = (run, panel) => (['heldout', 'rewards'].includes(panel) ? run.si
 function stackOf(chart, run, named) {
   const lines = chart.lines.filter(line => run.curves[line.metric]).map((line, i) => lineOf(run, line, OUTCOME_COLOURS[line.label] || runColour(i)));
   // What never happened needs no entry.
-  const seen = lines.filter(line => line.values.some(value => value > 0));
+  const seen = lines.filter(line => line.values.some(value => value > 0)).sort((a, b) => (a.label === 'ok') - (b.label === 'ok'));
   return seen.length ? stackChart({ ...chart, lines: seen, subtitle: named ? run.name : '', run: run.index }) : null;
 }
 

@@ -1,6 +1,13 @@
 // Shares or amounts over the steps, added up: columns of at most so many spans of steps.
 const COLUMNS = 120;
 
+// Shares: what went well fills the rest, and the scale ends where the failures have room.
+function ceiling(spec, heights) {
+  const failed = spec.lines.map((line, k) => (line.label === 'ok' ? [] : heights[k])).filter(height => height.length);
+  const most = failed.length ? Math.max(...failed[0].map((_, i) => failed.reduce((sum, height) => sum + height[i], 0))) : 1;
+  return [0.02, 0.05, 0.1, 0.2, 0.5].find(top => top >= 1.25 * most) || 1;
+}
+
 function stackChart(spec) {
   const all = [...new Set(spec.lines.flatMap(line => line.steps))].sort((a, b) => a - b);
   const size = Math.ceil(all.length / COLUMNS);
@@ -14,7 +21,7 @@ function stackChart(spec) {
   return chartCard(spec, (svg, width, lines, outputs) => {
     const box = { left: 46, right: width - 12, top: 8, bottom: HEIGHT - 24 };
     const totals = spans.map((_, i) => heights.reduce((sum, height) => sum + height[i], 0));
-    const ySpan = spec.range || nice(0, Math.max(...totals) || 1);
+    const ySpan = spec.range ? [0, ceiling(spec, heights)] : nice(0, Math.max(...totals) || 1);
     const xSpan = [all[0], all[all.length - 1] + 1];
     const x = scale(xSpan, box.left, box.right), y = scale(ySpan, box.bottom, box.top);
     drawAxes(svg, box, x, y, xSpan, ySpan);
@@ -24,10 +31,11 @@ function stackChart(spec) {
       const right = i + 1 < spans.length ? x(spans[i + 1][0]) : box.right;
       spec.lines.forEach((line, k) => {
         const value = heights[k][i];
+        const top = y(Math.min(ySpan[1], floor + value));
         if (value > 0) {
           svg.append(s('rect', {
-            class: 'column', x: left.toFixed(2), width: (right - left + 0.3).toFixed(2), y: y(floor + value).toFixed(2),
-            height: (y(floor) - y(floor + value)).toFixed(2), style: { fill: line.colour },
+            class: 'column', x: left.toFixed(2), width: (right - left + 0.3).toFixed(2), y: top.toFixed(2),
+            height: Math.max(0, y(floor) - top).toFixed(2), style: { fill: line.colour },
           }));
         }
         floor += value;

@@ -20,17 +20,17 @@ function attackView(attack, i, tree, pair, folded) {
     h('h4', {}, attack.direct ? 'The seed as it is' : `Attack ${i + 1}`, ' ', itemBadges(attack, i, pair)),
     !attack.direct && itemText(attack, folded, 'attack'),
     h('div', { class: 'responses' }, attack.responses.map((response, j) => h('div', { class: 'response' },
-      h('h5', {}, `Response ${j + 1} `, itemBadges(response, j, responsePair), tree.representatives[i] === j && badge('stands for the attack', 'plain')),
+      h('h5', {}, `Response ${j + 1} `, itemBadges(response, j, responsePair, tree.representatives[i] === j)),
       itemText(response, folded, 'response')))),
     attack.verdicts.length > 0 && verdicts(attack.verdicts, 'R'));
 }
 
-function itemBadges(item, i, pair) {
+function itemBadges(item, i, pair, stands) {
   return [
     badge(item.outcome.replaceAll('_', ' '), item.outcome === 'ok' ? 'plain' : 'bad'),
     badge(item.reward === null ? 'no reward' : `reward ${number(item.reward, 2)}`, 'reward'),
-    pair && i === pair[0] && badge('chosen', 'chosen'), pair && i === pair[1] && badge('rejected', 'rejected'),
-    h('span', { class: 'dim small' }, item.tokens === null ? '' : ` ${item.tokens} tokens, weights of version ${item.version}`),
+    pair && i === pair[0] && badge('chosen', 'chosen'), pair && i === pair[1] && badge('rejected', 'rejected'), stands && badge('stands for the attack', 'plain'),
+    h('span', { class: 'dim small' }, item.tokens === null ? '' : ` ${item.tokens} tokens, version ${item.version}`),
   ];
 }
 

@@ -1,7 +1,7 @@
 // The browser of trees: filters over typed arrays, a list that holds only the rows in view, one tree beside it.
 const ROW = 46;
 const ORDERS = {
-  step: ['step', null], newest: ['newest step first', null], attacker: ['strongest attack first', ['attacker', -1]], defender: ['worst response first', ['defender', 1]],
+  step: ['by step', null], newest: ['newest step first', null], attacker: ['strongest attack first', ['attacker', -1]], defender: ['worst response first', ['defender', 1]],
 };
 
 class TreeBrowser {
@@ -35,7 +35,7 @@ class TreeBrowser {
     new ResizeObserver(() => this.draw()).observe(this.list);
     return h('section', { id: 'trees', 'aria-labelledby': 'trees-title' },
       h('h2', { id: 'trees-title' }, 'Trees'),
-      h('p', { class: 'note' }, 'Keys: ', h('kbd', {}, 'j'), ' ', h('kbd', {}, 'k'), ' next and previous, ', h('kbd', {}, 'Enter'), ' into the tree, ', h('kbd', {}, '/'), ' search, ', h('kbd', {}, 'Esc'), ' back, ', h('kbd', {}, 'f'), ' fold harmful text.'),
+      h('p', { class: 'note keys' }, 'Keys: ', h('kbd', {}, 'j'), ' ', h('kbd', {}, 'k'), ' next and previous, ', h('kbd', {}, 'Enter'), ' into the tree, ', h('kbd', {}, '/'), ' search, ', h('kbd', {}, 'Esc'), ' back, ', h('kbd', {}, 'f'), ' fold harmful text.'),
       h('div', { class: 'filters', role: 'search' }, this.inputs.text, this.inputs.run, this.inputs.category, this.inputs.flag,
         h('span', { class: 'steps' }, 'steps ', this.inputs.from, ' to ', this.inputs.to), this.inputs.order,
         h('label', {}, this.reveal, ' show text of harmful seeds'), h('button', { type: 'button', onclick: () => this.clear() }, 'clear')),
@@ -156,10 +156,10 @@ class TreeBrowser {
       'aria-posinset': place + 1, 'aria-setsize': this.matches.length, style: { top: `${place * ROW}px` },
       onclick: () => { this.select(place); this.open(true); },
     },
-    h('span', { class: 'chip', style: { background: this.data.runs[run].colour } }),
+    this.data.runs.length > 1 && h('span', { class: 'chip', style: { background: this.data.runs[run].colour } }),
     h('span', { class: 'step' }, step[row]),
     h('span', { class: 'middle' }, h('span', { class: 'tags' }, badge(harmful ? 'harmful' : 'benign', harmful ? 'harmful' : 'benign'),
-      names.includes('failed') && badge(harmful ? 'disclosed' : 'refused', 'bad'),
+      names.includes('failed') && badge(harmful ? 'attack worked' : 'refused', 'bad'),
       names.some(name => name.startsWith('attack_')) && badge('attack failed', 'plain'),
       names.some(name => name.startsWith('response_')) && badge('response failed', 'plain'),
       names.includes('no_verdict') && badge('verdict missing', 'plain')), said),
