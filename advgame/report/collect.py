@@ -19,7 +19,6 @@ from advgame.report.tree_store import TreeStore
 from advgame.run import names
 from advgame.run.folder import RunFolder
 from advgame.run.recorder import read_metrics, read_trees, tree_files
-from advgame.run.summary import LABELS
 from advgame.run.tree_codec import RecordedTree
 
 PACKED_LIMIT = 96 * 2**20
@@ -189,7 +188,7 @@ def _summary(folder: RunFolder) -> list[tuple[str, float | None, float | None]]:
     if not folder.summary.is_file():
         return []
     values = json.loads(folder.summary.read_text(encoding="utf-8"))
-    table = [(label, values.get(f"{name}_before"), values.get(f"{name}_after")) for name, label in LABELS.items()]
+    table = [(label, values.get(f"{name}_before"), values.get(f"{name}_after")) for name, label in names.LABELS.items()]
     return [row for row in table if row[1:] != (None, None)]
 
 

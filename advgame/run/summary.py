@@ -12,22 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from advgame.run.folder import RunFolder, write_text_atomically
+from advgame.run.names import LABELS
 from advgame.run.recorder import read_metrics
 from advgame.run.summary_picture import draw_summary
 
 BEFORE_AND_AFTER = ("exploitability", "exploitability_bound", "asr", "benign_compliance", "worst_over_refusal")
 AFTER_ONLY = ("heldout_exploitability", "gibberish")
-
-LABELS = {
-    "exploitability": "exploitability ↓",
-    "exploitability_bound": "… with all gibberish counted ↓",
-    "heldout_exploitability": "held-out exploitability ↓",
-    "worst_over_refusal": "worst over-refusal ↓",
-    "asr": "sampled ASR ↓",
-    "benign_compliance": "benign compliance ↑",
-    "gibberish": "gibberish ↓",
-}
-"""What the table and the picture call a measure, and which way is better."""
 
 History = Sequence[Mapping[str, Any]]
 """Rows of `metrics.jsonl`, as `read_metrics` gives them."""
