@@ -65,7 +65,7 @@ packages += find_packages("kernels", include=["advgame_kernels", "advgame_kernel
 setup(
     packages=packages,
     package_dir={"advgame": "advgame", "advgame_kernels": "kernels/advgame_kernels"},
-    package_data={"": ["*.md", "*.yaml"]},
+    package_data={"": ["*.md", "*.yaml", "*.html", "*.css", "*.js"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": OptionalBuildExt},
 )

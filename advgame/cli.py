@@ -16,6 +16,7 @@ from advgame.evals.command import add_audit_arguments, add_eval_arguments
 from advgame.game.dataset import add_data_arguments
 from advgame.lab.arguments import add_lab_arguments
 from advgame.plan.arguments import add_plan_arguments
+from advgame.report.arguments import add_report_arguments
 
 MISSING = {
     "pydantic": "train", "yaml": "train", "transformers": "train", "rich": "train", "tensorboard": "train",
@@ -80,7 +81,11 @@ COMMANDS = (
         "resume", "continue a run", "Continues a run where it stopped.",
         _resume_arguments, "advgame.entry:run_resume", overrides=True,
     ),
-    #REPORT
+    Command(
+        "report", "write an HTML page about runs",
+        "Writes one self-contained HTML file: curves, signs of failure, and a browser of trees.",
+        add_report_arguments, "advgame.report.command:run_report",
+    ),
     Command(
         "config", "show settings", "Shows settings; runs nothing.",
         _config_arguments, "advgame.entry:run_config", overrides=True,

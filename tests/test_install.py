@@ -64,3 +64,9 @@ def test_the_command_without_its_extra_says_what_to_install(installed):
 def test_templates_and_worlds_texts_are_packaged(installed):
     for folder, name in (("game", "attacker_harmful.md"), ("world", "attacker_benign.md")):
         assert (installed / "advgame" / folder / "templates" / name).is_file()
+
+
+def test_the_reports_assets_are_packaged(installed):
+    assets = ROOT / "advgame/report/assets"
+    for path in assets.iterdir():
+        assert (installed / "advgame/report/assets" / path.name).read_bytes() == path.read_bytes()

@@ -24,7 +24,7 @@ from advgame.run.live import LiveView, Stage
 from advgame.run.loop import Progress, state_of, train
 from advgame.run.recorder import Recorder
 from advgame.run.session import Plan, Session, check, open_session, world_roles
-from advgame.run.summary import LABELS, write_summary
+from advgame.run.summary import write_summary
 from advgame.run.trackers import make_trackers
 from advgame.world.training import PlayerRole
 from advgame.world.warmstart import steps_of
@@ -163,6 +163,7 @@ async def _run(session: Session, folder: RunFolder, progress: Progress, *, resum
         console=console,
     )
     console.print(progress.totals.line(), highlight=False)
+    console.print(f"as a page, with every tree: advgame report {folder.path}", markup=False, soft_wrap=True)
 
 
 def _summary_values(measured: dict[str, float]) -> dict[str, float]:
@@ -184,7 +185,7 @@ def summarise_seeds(folders: list[Path], console: Console) -> None:
     table = Table(title=f"{len(folders)} seeds: mean (lowest to highest)", title_justify="left")
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="left" if not heading else "right")
-    for name, label in LABELS.items():
+    for name, label in names.LABELS.items():
         cells = [
             _spread([s[key] for s in summaries if s.get(key := f"{name}_{when}") is not None])
             for when in ("before", "after")

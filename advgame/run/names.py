@@ -47,6 +47,17 @@ COUNTER_PREFIX = "count/"
 ROLES = ("attacker", "defender")
 CATEGORIES = ("harmful", "benign")
 
+LABELS = {
+    "exploitability": "exploitability ↓",
+    "exploitability_bound": "… with all gibberish counted ↓",
+    "heldout_exploitability": "held-out exploitability ↓",
+    "worst_over_refusal": "worst over-refusal ↓",
+    "asr": "sampled ASR ↓",
+    "benign_compliance": "benign compliance ↑",
+    "gibberish": "gibberish ↓",
+}
+"""What summary tables, the picture and the report call a measure of `summary.json`, and which way is better."""
+
 
 def stage_seconds(stage: str) -> str:
     return f"seconds/{stage}"

@@ -12,21 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from advgame.run.folder import RunFolder, write_text_atomically
+from advgame.run.names import LABELS
 from advgame.run.recorder import read_metrics
 from advgame.run.summary_picture import draw_summary
 
 BEFORE_AND_AFTER = ("exploitability", "exploitability_bound", "asr", "benign_compliance", "worst_over_refusal")
 AFTER_ONLY = ("heldout_exploitability", "gibberish")
 
-LABELS = {
-    "exploitability": "exploitability ↓",
-    "exploitability_bound": "… with all gibberish counted ↓",
-    "heldout_exploitability": "held-out exploitability ↓",
-    "worst_over_refusal": "worst over-refusal ↓",
-    "asr": "sampled ASR ↓",
-    "benign_compliance": "benign compliance ↑",
-    "gibberish": "gibberish ↓",
-}
 JUDGE_LABELS = {
     "judge_agreement_exact": "judge: scores as the rule's ↑",
     "judge_agreement_order": "judge: pairs in the rule's order ↑",
