@@ -2,8 +2,12 @@
 
 The rival plays as published: all attacks of the batch, then all faithfulness verdicts, then all responses, then all
 verdicts of the Defender's judge, then those of the Attacker's; each stage waits for its slowest request. Attacker,
-Defender and judge are an engine each. Random weights end nowhere, so every request is given its length: log-normal,
-drawn from its key, the same for both contenders. The judge's verdict is a hash of the tokens that its engine made.
+Defender and judge are an engine each, or one together (`--engines 1`). Random weights end nowhere, so every request is
+given its length: log-normal, drawn from its key, the same for both contenders. Lengths are a quarter of real ones, and
+so are the words of the templates. The judge's verdict is a hash of the tokens that its engine made.
+
+A third contender carries late trees over (`run.carry_over`): a batch begins when three quarters of the one before, and
+all of those before that, have ended; the batches of all rounds follow one another, and all trees are waited for.
 """
 
 from __future__ import annotations
@@ -26,32 +30,22 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from advgame.game.judge import Key, judge_candidates
-from advgame.game.parsing import parse_attack, parse_response
-from advgame.game.play import PlayRules, Stream, Table, play_batch
+from advgame.game.judge import Key
+from advgame.game.play import PlayRules, Table, play_batch
 from advgame.game.prompts import Templates
-from advgame.game.rewards import representative
-from advgame.game.tree import (
-    Attack,
-    Category,
-    Outcome,
-    Response,
-    Rubric,
-    Sample,
-    Seed,
-    Tree,
-    attacker_rubric,
-    defender_rubric,
-)
+from advgame.game.tree import Attack, Category, Rubric, Sample, Seed, Tree
 from advgame.rollout import vllm_start
 from advgame.rollout.engine import Request, Sampling, stream_seed
 from advgame.rollout.settings import VllmSettings
 from advgame.rollout.speaker import Speaker
 from advgame.rollout.vllm_engine import VllmEngine
 from bench.kernels import device_name
+from bench.stages import play_stages
 
 VOCABULARY, SEED = 256, 0
 ROLES = ("attacker", "defender", "judge")
+LATE = 0.25
+BARRED, FREE, CARRIED = "stage by stage", "no barriers", "… late ones carried over"
 
 
 @dataclass(frozen=True)
@@ -81,13 +75,19 @@ class Given:
 
 
 class Words:
-    """A chat format of one token a word: numbers are token ids, other words hash to one."""
+    """A chat format: numbers are token ids; of the other words (templates) every fourth is one, by its hash."""
 
     def __init__(self, frame: str = "{}"):
         self.frame = frame
 
     def prompt_ids(self, user: str) -> tuple[int, ...]:
-        return tuple(int(w) % VOCABULARY if w.isdigit() else _hash(w) % VOCABULARY for w in user.split())
+        ids = []
+        for place, word in enumerate(user.split()):
+            if word.isdigit():
+                ids.append(int(word) % VOCABULARY)
+            elif place % 4 == 0:
+                ids.append(_hash(word) % VOCABULARY)
+        return tuple(ids)
 
     def text(self, token_ids: Sequence[int]) -> str:
         return self.frame.format(" ".join(map(str, token_ids)))
@@ -116,67 +116,6 @@ class HashJudge:
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little")
-
-
-async def play_stages(table: Table, seeds: Sequence[Seed], step: int) -> list[Tree]:
-    """A batch with a barrier after every stage; the same keys, so the same trees as `play_batch`."""
-    assert table.attacker is not None, "this game has an Attacker"
-    rules, ask = table.rules, table.attacker.ask
-    places = [(t, a) for t in range(len(seeds)) for a in range(rules.attacks)]
-    made = await asyncio.gather(
-        *(ask(table.templates.attacker(seeds[t]), (step, t, Stream.ATTACK, a)) for t, a in places)
-    )
-    prompts = [None if sample is None else parse_attack(text, reasoning=rules.reasoning) for sample, text in made]
-
-    async def faithful(t: int, a: int, prompt: str | None) -> bool | None:
-        if prompt is None:
-            return None
-        return await table.judge.faithful(seeds[t], prompt, key=(step, t, Stream.FAITHFUL, a))
-
-    verdicts = await asyncio.gather(*(faithful(t, a, p) for (t, a), p in zip(places, prompts, strict=True)))
-    attacks = [Attack(*one, prompt, verdict) for one, prompt, verdict in zip(made, prompts, verdicts, strict=True)]
-
-    async def responses(t: int, a: int, attack: Attack) -> tuple[Response, ...]:
-        if attack.outcome is not Outcome.OK or attack.prompt is None:
-            return ()
-        text = table.templates.defender(attack.prompt)
-        said = await asyncio.gather(
-            *(table.defender.ask(text, (step, t, Stream.RESPONSE, a, d)) for d in range(rules.responses))
-        )
-        return tuple(Response(s, answer, parse_response(answer, reasoning=False)) for s, answer in said)
-
-    answered = await asyncio.gather(*(responses(t, a, x) for (t, a), x in zip(places, attacks, strict=True)))
-
-    async def judged(t: int, a: int, attack: Attack, group: Sequence[Response]) -> Attack:
-        if not group or attack.prompt is None:
-            return attack
-        scored = await judge_candidates(
-            table.judge,
-            defender_rubric(seeds[t].category),
-            attack.prompt,
-            [(d, r.answer) for d, r in enumerate(group) if r.answer is not None],
-            pairwise=True,
-            key=(step, t, Stream.DEFENDER_JUDGE, a),
-        )
-        return replace(attack, responses=tuple(group), verdicts=scored)
-
-    finished = await asyncio.gather(
-        *(judged(t, a, x, group) for (t, a), x, group in zip(places, attacks, answered, strict=True))
-    )
-
-    async def tree(t: int) -> Tree:
-        own = finished[t * rules.attacks : (t + 1) * rules.attacks]
-        chosen = tuple(representative(attack, rules.optimistic) for attack in own)
-        candidates = [
-            (a, answer)
-            for a, (attack, d) in enumerate(zip(own, chosen, strict=True))
-            if d is not None and (answer := attack.responses[d].answer) is not None
-        ]
-        rubric, key = attacker_rubric(seeds[t].category), (step, t, Stream.ATTACKER_JUDGE)
-        scored = await judge_candidates(table.judge, rubric, seeds[t].text, candidates, pairwise=True, key=key)
-        return Tree(seeds[t], step, t, tuple(own), chosen, scored)
-
-    return list(await asyncio.gather(*(tree(t) for t in range(len(seeds)))))
 
 
 def without_logprobs(tree: Tree) -> Tree:
@@ -212,13 +151,14 @@ async def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     players, judge = Lengths(options.median, 0.6, options.cut), Lengths(options.judge_median, 0.6, options.cut)
     engines = {
         role: VllmEngine(folder, name=role, settings=settings, dtype="float32", stop_ids=[], version=0)
-        for role in ROLES
+        for role in ROLES[: options.engines]
     }
+    first, *_ = engines.values()
     sampling = Sampling(1.0, 1.0, options.cut)
     frames = {"attacker": "<think> why </think> <prompt> {} </prompt>"}
     speakers = {}
-    for role, engine in engines.items():
-        given = Given(engine, judge if role == "judge" else players)
+    for role in ROLES:
+        given = Given(engines.get(role, first), judge if role == "judge" else players)
         # only `generate` is asked of it
         speakers[role] = Speaker(role, given, Words(frames.get(role, "{}")), sampling, SEED, retries=0)  # type: ignore[arg-type]
     templates = Templates.load()
@@ -237,31 +177,59 @@ async def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     async def barred(step: int) -> list[Tree]:
         return await play_stages(table, seeds, step)
 
-    contenders: dict[str, Callable[[int], Awaitable[list[Tree]]]] = {"stage by stage": barred, "no barriers": free}
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
-    differ = 0
+    async def carried(steps: Sequence[int]) -> list[list[Tree]]:
+        rounds: list[asyncio.Task[list[Tree]]] = []
+        for step in steps:
+            enough, ended = asyncio.Event(), []
+
+            def took(tree: Tree, ended: list[Tree] = ended, enough: asyncio.Event = enough) -> None:
+                ended.append(tree)
+                if len(ended) >= len(seeds) - int(LATE * len(seeds)):
+                    enough.set()
+
+            before = rounds[-1:]
+            playing = play_batch(table, seeds, step, in_flight=len(seeds), on_tree=took)
+            rounds.append(asyncio.create_task(playing))
+            await enough.wait()
+            await asyncio.gather(*before)
+        return list(await asyncio.gather(*rounds))
+
+    runs: dict[str, list[dict[str, Any]]] = {BARRED: [], FREE: [], CARRIED: []}
+
+    async def timed(name: str, playing: Callable[[], Awaitable[Any]], batches: int = 1) -> Any:
+        for engine in engines.values():
+            await vllm_start.reset_caches(engine._llm)
+        for speaker in speakers.values():
+            speaker.meter.take()
+        started = time.perf_counter()
+        made = await playing()
+        seconds = (time.perf_counter() - started) / batches
+        used = {role: speaker.meter.take() for role, speaker in speakers.items()}
+        engine_seconds = {role: busy / batches for role, (busy, _) in used.items()}
+        requests = {role: summed / batches for role, (_, summed) in used.items()}
+        runs[name].append({"seconds": seconds, "engine": engine_seconds, "requests": requests})
+        return made
+
+    steps = range(1, options.rounds + 1)
+    played: dict[str, dict[int, list[Tree]]] = {BARRED: {}, FREE: {}}
     try:
         for engine in engines.values():
             await engine.start()
-        for turn in range(options.rounds + 1):
-            played = {}
+        await barred(0)
+        await free(0)
+        for step in steps:
+            order = [(BARRED, barred), (FREE, free)]
             # who goes first changes with the rounds
-            for name in sorted(contenders, reverse=turn % 2 == 0):
-                for role, engine in engines.items():
-                    await vllm_start.reset_caches(engine._llm)
-                    speakers[role].meter.take()
-                started = time.perf_counter()
-                played[name] = await contenders[name](turn)
-                seconds = time.perf_counter() - started
-                busy = {role: speakers[role].meter.take() for role in ROLES}
-                if turn:  # the first round warms up
-                    runs[name].append({"seconds": seconds, "engine": {r: b for r, (b, _) in busy.items()},
-                                       "requests": {r: s for r, (_, s) in busy.items()}})  # fmt: skip
-            first, second = (list(map(without_logprobs, trees)) for trees in played.values())
-            differ += sum(a != b for a, b in zip(first, second, strict=True))
+            for name, playing in order if step % 2 else order[::-1]:
+                played[name][step] = await timed(name, lambda playing=playing, step=step: playing(step))  # type: ignore[misc]
+        carried_trees = await timed(CARRIED, lambda: carried(steps), options.rounds)
     finally:
         for engine in engines.values():
             await engine.close()
+    differ = 0
+    for step, third in zip(steps, carried_trees, strict=True):
+        for trees in zip(played[BARRED][step], played[FREE][step], third, strict=True):
+            differ += len({repr(without_logprobs(tree)) for tree in trees}) > 1
     counters = {role: dict(speaker.counters) for role, speaker in speakers.items()}
     return {"runs": runs, "differ": differ, "counters": counters, "trees": len(seeds)}
 
@@ -270,7 +238,7 @@ def report(result: dict[str, Any]) -> None:
     """Prints the table and the verdict; adds medians to `result`."""
     trees, runs = result["trees"], result["runs"]
     print(
-        f"  {'median':16}{'s':>8}{'trees/s':>9}{'trees/h':>9}   engine-seconds " + "  ".join(ROLES) + "   judge's share"
+        f"  {'median':26}{'s':>8}{'trees/s':>9}{'trees/h':>9}   engine-seconds " + "  ".join(ROLES) + "   judge's share"
     )
     medians = {}
     for name, taken in runs.items():
@@ -281,19 +249,23 @@ def report(result: dict[str, Any]) -> None:
         cells = "  ".join(f"{engine[role]:.2f}" for role in ROLES)
         rounds = ", ".join(f"{r['seconds']:.1f}" for r in taken)
         print(
-            f"  {name:16}{seconds:8.2f}{trees / seconds:9.2f}{3600 * trees / seconds:9.0f}   {cells}   {share:.0%}"
+            f"  {name:26}{seconds:8.2f}{trees / seconds:9.2f}{3600 * trees / seconds:9.0f}   {cells}   {share:.0%}"
             f"   all rounds: {rounds}"
         )
-    ratios = [a["seconds"] / b["seconds"] for a, b in zip(runs["stage by stage"], runs["no barriers"], strict=True)]
+    ratios = [a["seconds"] / b["seconds"] for a, b in zip(runs[BARRED], runs[FREE], strict=True)]
+    late = medians[BARRED]["seconds"] / medians[CARRIED]["seconds"]
     print(
-        f"  no barriers is {statistics.median(ratios):.2f} x faster (rounds: {', '.join(f'{r:.2f}' for r in ratios)})"
+        f"  {FREE}: {statistics.median(ratios):.2f} x the trees a second "
+        f"(rounds: {', '.join(f'{ratio:.2f}' for ratio in ratios)})"
     )
-    result |= {"median": medians, "ratios": ratios, "ratio": statistics.median(ratios)}
+    print(f"  {CARRIED}: {late:.2f} x")
+    result |= {"median": medians, "ratios": ratios, "ratio": statistics.median(ratios), "ratio_carried": late}
 
 
 def main(arguments: list[str]) -> int:
     """Command line; prints a table, and writes JSON with `--out`. Exit code 1: the contenders played other trees."""
     parser = argparse.ArgumentParser(prog="python -m bench play", description=__doc__)
+    parser.add_argument("--engines", type=int, choices=(1, 3), default=3, help="of one thread each")
     parser.add_argument("--seeds", type=int, default=64)
     parser.add_argument("--attacks", type=int, default=2)
     parser.add_argument("--responses", type=int, default=2)
@@ -306,25 +278,25 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--cache-gib", type=float, default=0.5)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", action="store_true", help="write bench/results/play-<device>-<date>.json")
+    parser.add_argument("--out", action="store_true", help="write bench/results/play-<engines>-cpu-<date>.json")
     options = parser.parse_args(arguments)
     version = vllm_start.vllm_version("bench play")
     with tempfile.TemporaryDirectory() as folder:
         result = asyncio.run(measure(model_folder(Path(folder), options.positions), options))
     name = device_name(torch.device("cpu"))
-    print(f"{name}, vLLM {version}, torch {torch.__version__}; three engines of one thread each")
+    print(f"{name}, vLLM {version}, torch {torch.__version__}; engines of one thread: {options.engines}")
     print(
         f"{options.seeds} seeds, A = {options.attacks}, D = {options.responses}; lengths log-normal, sigma 0.6, "
         f"median {options.median:g} (judge {options.judge_median:g}), cut {options.cut}, seed {SEED}; "
         f"at most {options.max_sequences} sequences an engine"
     )
     report(result)
-    total = options.seeds * (options.rounds + 1)
-    print(f"  equal trees (tokens, verdicts, representatives): {total - result['differ']} of {total}")
+    total = options.seeds * options.rounds
+    print(f"  equal trees in all three (tokens, verdicts, representatives): {total - result['differ']} of {total}")
     if options.out:
         result |= {"options": vars(options), "device": name, "vllm": version, "torch": torch.__version__}
         date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-        target = Path(__file__).parent / "results" / f"play-cpu-{date}.json"
+        target = Path(__file__).parent / "results" / f"play-{options.engines}-engines-cpu-{date}.json"
         target.parent.mkdir(exist_ok=True)
         target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(target.name)
