@@ -1,7 +1,7 @@
 """Makes one player of the tiny world from random weights by supervised learning, in a process of its own.
 
 Run as `python -m advgame.world.training ROLE SETTINGS_JSON FOLDER`; `warmstart.py` does. Every step prints
-"step loss" on a line, and at the end FOLDER is a Hugging Face model folder with the tokenizer.
+"progress step loss" on a line, and at the end FOLDER is a Hugging Face model folder with the tokenizer.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ POSITIONS = 256
 HEAD = 32
 WARM_UP = 50
 IGNORED = -100
+PROGRESS = "progress"
+"""First word of the lines that the caller reads; imported libraries print others."""
 
 
 class PlayerRole(StrEnum):
@@ -158,7 +160,7 @@ def run_child(arguments: Sequence[str], make: Make) -> None:
     role, settings, folder = arguments
     torch.set_num_threads(1)
     model, tokenizer = make(
-        WorldSettings.model_validate_json(settings), role, lambda step, loss: print(step, loss, flush=True)
+        WorldSettings.model_validate_json(settings), role, lambda step, loss: print(PROGRESS, step, loss, flush=True)
     )
     model.save_pretrained(Path(folder))
     tokenizer.save_pretrained(Path(folder))

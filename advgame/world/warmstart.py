@@ -6,6 +6,7 @@ source files that make it, and `FORMAT`. A folder appears by a rename, so it is 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import inspect
 import json
@@ -16,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from advgame.errors import InputError
@@ -78,11 +80,24 @@ def ensure_players(
             raise InputError(
                 f"{cache}: cannot hold players ({error.strerror}); set ADVGAME_CACHE to a folder"
             ) from error
-        with tempfile.TemporaryDirectory(prefix=".making-", dir=cache) as work:
+        with _one_at_a_time(cache), tempfile.TemporaryDirectory(prefix=".making-", dir=cache) as work:
+            # another process may have made them while this one waited
+            missing = [role for role in missing if not (folders[role] / "config.json").is_file()]
             _train_all(settings, missing, Path(work), progress)
             for role in missing:
                 _move_in(Path(work) / role, folders[role])
     return folders
+
+
+@contextmanager
+def _one_at_a_time(cache: Path) -> Iterator[None]:
+    """Processes that need players at the same moment make them once, not each."""
+    with (cache / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks: they are made twice, and the first one stays
+        yield
 
 
 def _move_in(made: Path, folder: Path) -> None:
@@ -108,11 +123,12 @@ def _train_all(settings: WorldSettings, roles: Sequence[PlayerRole], work: Path,
             if line is None:
                 running.discard(role)
                 if children[role].wait() != 0:
-                    words = (work / f"{role}.log").read_text(encoding="utf-8", errors="replace").strip()
-                    raise RuntimeError(f"the warm start of the {role} failed: {words[-2000:] or 'no message'}")
+                    said = (work / f"{role}.log").read_text(encoding="utf-8", errors="replace").strip()
+                    raise RuntimeError(f"the warm start of the {role} failed: {said[-2000:] or 'no message'}")
             elif progress is not None:
-                step, loss = line.split()
-                progress(role, int(step), steps_of(settings, role), float(loss))
+                words = line.split()  # libraries print as well
+                if len(words) == 3 and words[0] == training.PROGRESS:
+                    progress(role, int(words[1]), steps_of(settings, role), float(words[2]))
     finally:
         for child in children.values():
             if child.poll() is None:

@@ -1,7 +1,10 @@
 """Players are made once, reproducibly, in folders that load anywhere; real ones are vulnerable enough."""
 
 import asyncio
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -170,3 +173,38 @@ def test_start_values(tmp_path, shared):
 
     faithful = asyncio.run(verdicts())
     assert sum(faithful) / len(seeds) >= 0.8
+
+
+def test_two_processes_that_need_players_make_them_once(tmp_path):
+    """Both wait on one lock; the second finds what the first has made."""
+    code = (
+        "import sys; from pathlib import Path; from advgame.world import warmstart, training\n"
+        "from advgame.world.settings import WorldSettings\n"
+        "seen = []\n"
+        "warmstart.ensure_players(WorldSettings(warm_steps=2), [training.PlayerRole.DEFENDER], Path(sys.argv[1]),"
+        " lambda *p: seen.append(p))\n"
+        "print(len(seen))"
+    )
+    both = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    counts = sorted(int(one.communicate()[0].split()[-1]) for one in both)
+    assert counts == [0, 2]
+
+
+def test_lines_of_other_libraries_are_no_progress(tmp_path):
+    """Some print to standard output when they are imported; a site hook stands for one."""
+    (tmp_path / "sitecustomize.py").write_text("print('[INFO] some accelerator was found, 1 2 3')\n")
+    code = (
+        "import sys; from pathlib import Path; from advgame.world import warmstart, training\n"
+        "from advgame.world.settings import WorldSettings\n"
+        "warmstart.ensure_players(WorldSettings(warm_steps=1), [training.PlayerRole.DEFENDER], Path(sys.argv[1]), print)"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "cache")],
+        env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "defender 1 1" in done.stdout
