@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from advgame.errors import InputError
@@ -76,6 +76,7 @@ def ensure_players(
     if missing:
         try:
             cache.mkdir(parents=True, exist_ok=True)
+            (cache / ".lock").touch()
         except OSError as error:
             raise InputError(
                 f"{cache}: cannot hold players ({error.strerror}); set ADVGAME_CACHE to a folder"
@@ -93,10 +94,8 @@ def ensure_players(
 def _one_at_a_time(cache: Path) -> Iterator[None]:
     """Processes that need players at the same moment make them once, not each."""
     with (cache / ".lock").open("w") as file:
-        try:
+        with suppress(OSError):  # a file system without locks: they are made twice, and the first one stays
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks: they are made twice, and the first one stays
         yield
 
 

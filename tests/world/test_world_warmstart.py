@@ -199,7 +199,8 @@ def test_lines_of_other_libraries_are_no_progress(tmp_path):
     code = (
         "import sys; from pathlib import Path; from advgame.world import warmstart, training\n"
         "from advgame.world.settings import WorldSettings\n"
-        "warmstart.ensure_players(WorldSettings(warm_steps=1), [training.PlayerRole.DEFENDER], Path(sys.argv[1]), print)"
+        "warmstart.ensure_players(WorldSettings(warm_steps=1), [training.PlayerRole.DEFENDER], Path(sys.argv[1]),"
+        " print)"
     )
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
