@@ -2,8 +2,11 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
+# Tests run in as many processes as there are cores, four at most: each may hold a model or an engine.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -lt 4 ] && echo $$n || echo 4)
+SPREAD := -n $(WORKERS) --dist loadgroup
 
-.PHONY: train train3 test test-fast test-vllm lint docs bench bench-gpu clean
+.PHONY: train train3 test test-fast lint docs bench bench-gpu clean
 
 train: $(VENV)/.train
 	$(BIN)/advgame train configs/tiny.yaml
@@ -11,15 +14,12 @@ train: $(VENV)/.train
 train3: $(VENV)/.train
 	$(BIN)/advgame train configs/tiny.yaml --seeds 3
 
-test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest
+# Everything; the other libraries that tests drive (vLLM's CPU build, DeepSpeed, lm-eval: 5 GB) are installed first.
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest $(SPREAD)
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
-
-# The tests that need real vLLM, on the CPU: 3.4 GB more, about 10 minutes.
-test-vllm: $(VENV)/.vllm
-	$(BIN)/python -m pytest tests/publish tests/rollout tests/run/test_vllm_run.py tests/evals/test_vllm_eval.py
+	$(BIN)/python -m pytest -m "not slow" $(SPREAD)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -48,8 +48,8 @@ $(VENV)/.dev: $(SETUP)
 	scripts/setup.sh $(VENV) dev
 	@touch $@ $(VENV)/.train
 
-$(VENV)/.vllm: $(VENV)/.dev scripts/setup-vllm.sh
-	scripts/setup-vllm.sh $(VENV)
+$(VENV)/.test: $(VENV)/.dev scripts/setup-test.sh
+	scripts/setup-test.sh $(VENV)
 	@touch $@
 
 clean:

