@@ -39,17 +39,35 @@ def run_utility(
     most = min((n for n in (limit, settings.limit) if n is not None), default=None)
     generation = {"max_gen_toks": settings.max_gen_tokens} if settings.max_gen_tokens else None
     try:
+        if settings.offline:
+            _forbid_nltk()
         out: Any = lm_eval.simple_evaluate(
             model=backend, model_args=arguments, tasks=list(settings.tasks), num_fewshot=settings.few_shot, limit=most,
             batch_size=settings.batch_size, task_manager=manager, log_samples=False, random_seed=seed,
             numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed, gen_kwargs=generation,
             apply_chat_template=settings.chat_template, bootstrap_iters=1000,
         )  # fmt: skip
+    except ImportError as error:
+        mend = "install it, or all of them: pip install 'advgame[eval]'"
+        raise InputError(f"utility {', '.join(settings.tasks)}: {first_line(error)}; {mend}") from error
     except (ConnectionError, FileNotFoundError, ValueError, OSError) as error:
         hint = "; it is offline: fill the cache first, or set offline: false" if settings.offline else ""
         raise InputError(f"utility {', '.join(settings.tasks)}: {first_line(error)}{hint}") from error
     assert out is not None, "only other ranks of a parallel run return nothing"
     return harness_results(out, lm_eval.__version__, backend, settings.name)
+
+
+def _forbid_nltk() -> None:
+    """IFEval's checks fetch a tokenizer's data when they are imported; offline, that is an error that names it."""
+    try:
+        import nltk
+    except ImportError:
+        return
+
+    def refuse(name: str, *_: object, **__: object) -> None:
+        raise ConnectionError(f"nltk lacks {name!r}; fetch it once with: python -m nltk.downloader {name}")
+
+    nltk.download = refuse
 
 
 def backend_of(settings: UtilitySettings, spec: ModelSpec, engine: EngineSettings) -> tuple[str, dict[str, Any]]:
