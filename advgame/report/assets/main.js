@@ -25,7 +25,7 @@ async function main() {
   trees.replaceWith(browser.section);
   browser.filter();
   document.addEventListener('keydown', event => browser.key(event));
-  document.addEventListener('settings', () => { if (data.runs.length > 1) browser.filter(); });
+  document.addEventListener('runs-shown', () => browser.filter());
   document.addEventListener('trees-of-step', event => {
     const { step, run } = event.detail;
     browser.set({ from: step, to: step, run: data.runs.length > 1 && run !== undefined ? run : '' });
