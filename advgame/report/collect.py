@@ -21,8 +21,8 @@ from advgame.run.folder import RunFolder
 from advgame.run.recorder import read_metrics, read_trees, tree_files
 from advgame.run.tree_codec import RecordedTree
 
-PACKED_LIMIT = 96 * 2**20
-"""Characters of packed tree text that a page may hold for one run; above it, trees are thinned out evenly."""
+PACKED_LIMIT = 64 * 2**20
+"""Characters of packed tree text that a page may hold, over all runs; above it, trees are thinned out evenly."""
 
 Progress = Callable[[int], None]
 """Called with the number of tree files read."""
@@ -66,9 +66,15 @@ def open_run(path: Path) -> RunFolder:
 
 
 def collect(
-    folder: RunFolder, write: Callable[[int, str], None], *, most_trees: int, progress: Progress | None = None
+    folder: RunFolder,
+    write: Callable[[int, str], None],
+    *,
+    most_trees: int,
+    most_characters: int = PACKED_LIMIT,
+    progress: Progress | None = None,
 ) -> RunData:
-    """Reads a run. `write(chunk, text)` takes the packed trees as they come, at most about `most_trees` of them.
+    """Reads a run. `write(chunk, text)` takes the packed trees as they come, at most about `most_trees` of
+    them and `most_characters` of text.
 
     A tree file that cannot be read to its end is named in `warnings`; what came before the damage counts. Raises
     InputError when the settings or the metrics are damaged.
@@ -78,7 +84,7 @@ def collect(
     warnings: list[str] = []
     stats, store = TreeStats(), TreeStore(write)
     files = tree_files(folder.trees) if folder.trees.is_dir() else []
-    share = _share(files, most_trees, warnings)
+    share = _share(files, most_trees, most_characters, warnings)
     recorded = 0
     for number, path in enumerate(files, 1):
         step = int(path.name.split(".", 1)[0])
@@ -124,7 +130,7 @@ def _readable(path: Path, warnings: list[str]) -> Iterator[RecordedTree]:
         warnings.append(f"not all trees could be read: {error}")
 
 
-def _share(files: list[Path], most_trees: int, warnings: list[str]) -> float:
+def _share(files: list[Path], most_trees: int, most_characters: int, warnings: list[str]) -> float:
     """The share of the trees that the page holds, judged by the number and the packed size of the middle file's."""
     if not most_trees or not files:
         return 0.0
@@ -134,7 +140,7 @@ def _share(files: list[Path], most_trees: int, warnings: list[str]) -> float:
         probe.add(one)
     probe.flush()
     expected, packed = len(probe) * len(files), sum(size) * len(files)
-    share = min(1.0, most_trees / max(1, expected), PACKED_LIMIT / max(1, packed))
+    share = min(1.0, most_trees / max(1, expected), most_characters / max(1, packed))
     if share < 1:
         held = round(share * expected)
         warnings.append(f"of about {expected} trees about {held}, evenly spread, are in the browser; charts count all")

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from advgame.errors import InputError
 from advgame.report.arguments import MOST_TREES
-from advgame.report.collect import RunData, collect, open_run
+from advgame.report.collect import PACKED_LIMIT, RunData, collect, open_run
 from advgame.report.page import chunk_element, write_page
 from advgame.run.live import Stage
 from advgame.run.recorder import tree_files
@@ -51,7 +51,8 @@ def write_report(paths: list[Path], out: Path | None, *, most_trees: int = MOST_
             def progress(files: int, part: str = part) -> None:
                 stage.update(part, files)
 
-            runs.append(collect(folder, write, most_trees=most_trees, progress=progress))
+            limits = {"most_trees": most_trees, "most_characters": PACKED_LIMIT // len(folders)}
+            runs.append(collect(folder, write, **limits, progress=progress))
         write_page(out, runs, chunks, " · ".join(run.name for run in runs))
     for run in runs:
         for warning in run.warnings:

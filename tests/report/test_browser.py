@@ -150,6 +150,7 @@ def test_filters(chromium, files):
     view.wait("document.querySelector('.detail h3').textContent.includes('tree')")
     view("document.querySelector('.run input').click()")
     assert view.status == "48 of 120 trees"
+    assert view("document.querySelectorAll('.chart[hidden]').length") >= 4, "what shows the hidden run alone"
     view.set("Order", "step")
     view.set("Search text", "nothing has this")
     view.wait("document.querySelector('.status').textContent.startsWith('0 of')")

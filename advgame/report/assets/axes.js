@@ -62,8 +62,8 @@ function tickText(value) {
 // Exponential moving average, corrected for its start; few points stay as they are.
 const SMOOTH_ABOVE = 60;
 
-function smoothed(values) {
-  if (values.length <= SMOOTH_ABOVE || settings.smooth <= 0) return null;
+function smoothed(values, above = SMOOTH_ABOVE) {
+  if (values.length <= above || settings.smooth <= 0) return null;
   let average = 0, weight = 0;
   return values.map(value => {
     average = settings.smooth * average + (1 - settings.smooth) * value;

@@ -37,6 +37,7 @@ function chartCard(spec, draw) {
     frame.replaceChildren(svg);
     if (shown.length) interact(svg, spec, draw(svg, frame.drawn, shown, outputs));
   };
+  document.addEventListener('runs-shown', () => { card.hidden = spec.lines.every(line => settings.hidden.has(line.run)); });
   lazily.observe(frame);
   resized.observe(frame);
   return card;

@@ -33,3 +33,4 @@ const runColour = index => `var(--c${index % 8})`;
 // What the whole page agrees on; whoever depends on it listens for "settings" on the document.
 const settings = { smooth: 0.9, hidden: new Set() };
 const changed = () => document.dispatchEvent(new Event('settings'));
+const runsChanged = () => { changed(); document.dispatchEvent(new Event('runs-shown')); };

@@ -18,6 +18,9 @@ async function main() {
   document.getElementById('main').append(overview(data), ...sections, trees, settingsSection(data.runs));
   const links = [['overview', 'Overview'], ...data.panels.map(panel => [panel.key, panel.title.split(' and ')[0]]), ['trees', 'Trees'], ['settings', 'Settings']];
   document.getElementById('nav').append(h('div', { class: 'links' }, links.map(([id, label]) => h('a', { href: `#${id}` }, label))), runLegend(data));
+  // A section that a link leads to stands below the bar, however many rows that has.
+  const bar = document.getElementById('nav');
+  new ResizeObserver(() => { document.documentElement.style.scrollPaddingTop = `${bar.offsetHeight + 8}px`; }).observe(bar);
   document.documentElement.dataset.charts = Math.round(performance.now());
 
   if (document.readyState === 'loading') await new Promise(done => document.addEventListener('DOMContentLoaded', done, { once: true }));
@@ -25,7 +28,7 @@ async function main() {
   trees.replaceWith(browser.section);
   browser.filter();
   document.addEventListener('keydown', event => browser.key(event));
-  document.addEventListener('settings', () => { if (data.runs.length > 1) browser.filter(); });
+  document.addEventListener('runs-shown', () => browser.filter());
   document.addEventListener('trees-of-step', event => {
     const { step, run } = event.detail;
     browser.set({ from: step, to: step, run: data.runs.length > 1 && run !== undefined ? run : '' });

@@ -18,7 +18,7 @@ function runLegend(data) {
       type: 'checkbox', checked: true,
       onchange: event => {
         if (event.target.checked) settings.hidden.delete(run.index); else settings.hidden.add(run.index);
-        changed();
+        runsChanged();
       },
     });
     return h('label', { class: 'run' }, box, h('span', { class: 'chip', style: { background: run.colour } }), run.name);

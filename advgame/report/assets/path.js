@@ -4,8 +4,8 @@ function pathChart(spec) {
   return chartCard({ ...spec, ...size }, (svg, width, lines, outputs) => {
     const box = { left: 52, right: width - 14, top: 12, bottom: size.height - 44 };
     const ways = lines.map(line => {
-      const xs = smoothed(line.across) || line.across;
-      const ys = smoothed(line.values) || line.values;
+      const xs = smoothed(line.across, 20) || line.across;
+      const ys = smoothed(line.values, 20) || line.values;
       return line.steps.map((step, i) => ({ step, x: xs[i], y: ys[i], line }));
     });
     const points = ways.flat();
