@@ -1,4 +1,7 @@
-"""The command line: `advgame train | resume | config | data | publish`. Bad input: one line on stderr, exit code 2."""
+"""The command line: `advgame train | resume | config | data | redteam | publish`.
+
+Bad input: one line on stderr, exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any, NoReturn
 
 from advgame import __version__
 from advgame.game.dataset import add_data_arguments
+from advgame.redteam.command import add_redteam_arguments
 
 MISSING = {
     "pydantic": "train", "yaml": "train", "transformers": "train", "rich": "train", "tensorboard": "train",
@@ -54,6 +58,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_data_arguments(commands.add_parser("data", help="describe, clean and split a seed file"))
 
+    add_redteam_arguments(
+        commands.add_parser(
+            "redteam",
+            help="attack a model and measure what gets through",
+            description="Attacks a target within a budget, on the record; the same command continues a run.",
+        )
+    )
+
     publish = commands.add_parser(
         "publish",
         help="show how weights reach an engine",
@@ -89,7 +101,7 @@ def _main(argv: list[str]) -> int:
 
     arguments, overrides = build_parser().parse_known_args(argv)
     try:
-        if overrides and arguments.command in ("data", "publish"):
+        if overrides and arguments.command in ("data", "publish", "redteam"):
             raise InputError(f"unexpected argument {overrides[0]!r}; see advgame {arguments.command} --help")
         return COMMANDS[arguments.command](arguments, overrides)
     except InputError as error:
@@ -175,7 +187,20 @@ def _publish(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return run_publish(arguments)
 
 
-COMMANDS = {"train": _train, "resume": _resume, "config": _config, "data": _data, "publish": _publish}
+def _redteam(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from advgame.redteam.command import run_redteam
+
+    return run_redteam(arguments)
+
+
+COMMANDS = {
+    "train": _train,
+    "resume": _resume,
+    "config": _config,
+    "data": _data,
+    "publish": _publish,
+    "redteam": _redteam,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -20,7 +20,7 @@ from advgame.game.tree import Category, Rubric, Seed
 
 
 @dataclass(frozen=True)
-class _Rules:
+class Rules:
     """What a template must contain: placeholders, and literal text its reader must be told."""
 
     required: tuple[str, ...] = ()
@@ -28,20 +28,20 @@ class _Rules:
     shows: tuple[str, ...] = ()
 
 
-RULES: Mapping[str, _Rules] = {
-    "attacker_harmful": _Rules(("seed",), ("format",)),
-    "attacker_benign": _Rules(("seed",), ("format",)),
-    "format_reasoning": _Rules(shows=("<think>", "</think>", "<prompt>", "</prompt>")),
-    "format_plain": _Rules(shows=("<prompt>", "</prompt>")),
-    "defender_reasoning": _Rules(("prompt",), shows=("<think>", "</think>")),
-    "judge_faithful": _Rules(("seed", "attack"), shows=("<verdict>", "</verdict>")),
+RULES: Mapping[str, Rules] = {
+    "attacker_harmful": Rules(("seed",), ("format",)),
+    "attacker_benign": Rules(("seed",), ("format",)),
+    "format_reasoning": Rules(shows=("<think>", "</think>", "<prompt>", "</prompt>")),
+    "format_plain": Rules(shows=("<prompt>", "</prompt>")),
+    "defender_reasoning": Rules(("prompt",), shows=("<think>", "</think>")),
+    "judge_faithful": Rules(("seed", "attack"), shows=("<verdict>", "</verdict>")),
     **{
-        f"judge_pair_{rubric}": _Rules(
+        f"judge_pair_{rubric}": Rules(
             ("query", "answer_a", "answer_b"), shows=("<score_A>", "</score_A>", "<score_B>", "</score_B>")
         )
         for rubric in Rubric
     },
-    **{f"judge_point_{rubric}": _Rules(("query", "answer"), shows=("<score>", "</score>")) for rubric in Rubric},
+    **{f"judge_point_{rubric}": Rules(("query", "answer"), shows=("<score>", "</score>")) for rubric in Rubric},
 }
 """The templates by name (file stem)."""
 
@@ -82,7 +82,7 @@ class Templates:
                 path, raw = str(own), _read(own)
             else:
                 path, raw = f"{name}.md", (package / f"{name}.md").read_bytes()
-            texts[name] = _checked(path, raw, rules)
+            texts[name] = checked_template(path, raw, rules)
         tags = frozenset(tag.lower() for text in texts.values() for tag in _CLOSING_TAG.findall(text))
         return cls(texts, reasoning, defender_reasoning, tags)
 
@@ -110,12 +110,17 @@ class Templates:
 
     def _fill(self, name: str, values: Mapping[str, str], form: str = "") -> str:
         inserted = {key: escape(value, self.tags) for key, value in values.items()} | {"format": form}
+        return fill_template(self.texts[name], inserted)
 
-        def replace(match: re.Match[str]) -> str:
-            literal = match["literal"]
-            return f"{{{literal}}}" if literal else inserted[match["name"]]
 
-        return _PLACEHOLDER.sub(replace, self.texts[name])
+def fill_template(text: str, inserted: Mapping[str, str]) -> str:
+    """`text` with its placeholders filled in one pass; what is `inserted` must have been escaped already."""
+
+    def replace(match: re.Match[str]) -> str:
+        literal = match["literal"]
+        return f"{{{literal}}}" if literal else inserted[match["name"]]
+
+    return _PLACEHOLDER.sub(replace, text)
 
 
 def _check_directory(directory: Path) -> None:
@@ -133,7 +138,8 @@ def _read(path: Path) -> bytes:
         raise InputError(f"{path}: cannot be read ({error.strerror}); mend or remove the file") from error
 
 
-def _checked(path: str, raw: bytes, rules: _Rules) -> str:
+def checked_template(path: str, raw: bytes, rules: Rules) -> str:
+    """A template file's text. InputError if it is empty, no UTF-8, or lacks what `rules` ask for."""
     try:
         # Outer white space would become part of what the players learn to expect.
         text = raw.decode("utf-8-sig").replace("\r\n", "\n").strip()

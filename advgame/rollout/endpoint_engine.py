@@ -63,13 +63,13 @@ class EndpointSpeaker:
 
     async def ask(self, user: str, key: tuple[int, ...], sampling: Sampling | None = None) -> tuple[Sample | None, str]:
         """(an empty sample with the finish reason, the text); (None, "") when the server failed or refused."""
-        body = _body(self.settings.model, sampling or self.sampling, stream_seed(self.run_seed, key))
+        body = request_body(self.settings.model, sampling or self.sampling, stream_seed(self.run_seed, key))
         chat = self.settings.api == "chat"
         path = "/chat/completions" if chat else "/completions"
         body |= {"messages": [{"role": "user", "content": user}]} if chat else {"prompt": user}
         self.counters[f"{self.name}_requests"] += 1
         try:
-            choice, answer = _choice(await self._client.post(path, body), self.name)
+            choice, answer = first_choice(await self._client.post(path, body), self.name)
             text = choice["message"]["content"] if chat else choice["text"]
             if not isinstance(text, str):
                 raise EngineError(f"{self.name}: the answer has no text")
@@ -77,7 +77,7 @@ class EndpointSpeaker:
             self.counters[f"{self.name}_failures"] += 1
             self.counters[f"{self.name}_given_up"] += 1
             return None, ""
-        self.counters[f"{self.name}_tokens"] += _tokens_of(answer)
+        self.counters[f"{self.name}_tokens"] += completion_tokens(answer)
         return Sample((), (), (), str(choice.get("finish_reason")), 0), text.strip()
 
     async def close(self) -> None:
@@ -104,9 +104,9 @@ class EndpointEngine:
 
     async def generate(self, request: Request) -> Sample:
         """Raises EngineError when the server fails, refuses, or answers without token ids."""
-        body = _body(self.settings.model, request.sampling, request.seed)
+        body = request_body(self.settings.model, request.sampling, request.seed)
         body |= {"prompt": list(request.prompt_ids), "logprobs": 0, "return_token_ids": True}
-        choice, _ = _choice(await self._client.post("/completions", body), self.name)
+        choice, _ = first_choice(await self._client.post("/completions", body), self.name)
         tokens = choice.get("token_ids")
         logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
         if not isinstance(tokens, list) or not isinstance(logprobs, list) or len(tokens) != len(logprobs):
@@ -120,7 +120,7 @@ class EndpointEngine:
         self._client.close()
 
 
-def _body(model: str, sampling: Sampling, seed: int) -> dict[str, Any]:
+def request_body(model: str, sampling: Sampling, seed: int) -> dict[str, Any]:
     return {
         "model": model,
         "temperature": sampling.temperature,
@@ -131,7 +131,7 @@ def _body(model: str, sampling: Sampling, seed: int) -> dict[str, Any]:
     }
 
 
-def _choice(answer: Any, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def first_choice(answer: Any, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The first choice and the whole answer; EngineError if it is not of the protocol's shape."""
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
@@ -139,7 +139,7 @@ def _choice(answer: Any, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return choices[0], answer
 
 
-def _tokens_of(answer: Mapping[str, Any]) -> int:
+def completion_tokens(answer: Mapping[str, Any]) -> int:
     usage = answer.get("usage")
     count = usage.get("completion_tokens") if isinstance(usage, dict) else None
     return count if isinstance(count, int) else 0

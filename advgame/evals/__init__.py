@@ -1,0 +1,1 @@
+"""Evaluation: suites, generation, classifiers, metrics with their conventions, and the audit of judges."""
