@@ -168,7 +168,7 @@ class _Conversation:
 
 async def search(crew: Crew, seed: Seed, settings: SearchSettings, attempt: Attempt) -> None:
     """TAP's loop. Each turn: copy every conversation, drop what cannot be read, prune what is off topic, ask the
-    target, judge, keep the best `width` (stable: the earlier of equals), stop at 10.
+    target, judge, keep the best `width` (the earlier of equals, in their old order), stop at 10.
 
     A turn after which nothing is left (all unreadable, all off topic, all rejected) is spent: the conversations stay
     as they were, and the next turn draws anew from them. With `crew.rewriter` the first turn's attacks are its
@@ -211,8 +211,8 @@ async def search(crew: Crew, seed: Seed, settings: SearchSettings, attempt: Atte
             for candidate, (_, leaf), draft in zip(judged, copies, drafts, strict=True)
             if candidate.rating is not None and draft is not None
         ]
-        alive.sort(key=lambda item: -(item[0].rating or 0))
-        leaves = [_continued(crew, seed, settings, *item) for item in alive[: settings.width]] or leaves
+        best = sorted(range(len(alive)), key=lambda i: -(alive[i][0].rating or 0))[: settings.width]
+        leaves = [_continued(crew, seed, settings, *alive[i]) for i in sorted(best)] or leaves
     attempt.stop = Stop.EXHAUSTED
 
 
