@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from advgame import __version__
 from advgame.game.dataset import add_data_arguments
-from advgame.redteam.command import add_redteam_arguments
+from advgame.redteam.command import add_redteam_arguments, add_transfer_arguments
 
 MISSING = {
     "pydantic": "train", "yaml": "train", "transformers": "train", "rich": "train", "tensorboard": "train",
@@ -66,6 +66,14 @@ def build_parser() -> argparse.ArgumentParser:
         )
     )
 
+    add_transfer_arguments(
+        commands.add_parser(
+            "redteam-transfer",
+            help="every attacker against every target",
+            description="A matrix of red-team runs: success, queries, diversity and faithfulness.",
+        )
+    )
+
     publish = commands.add_parser(
         "publish",
         help="show how weights reach an engine",
@@ -101,7 +109,7 @@ def _main(argv: list[str]) -> int:
 
     arguments, overrides = build_parser().parse_known_args(argv)
     try:
-        if overrides and arguments.command in ("data", "publish", "redteam"):
+        if overrides and arguments.command in ("data", "publish", "redteam", "redteam-transfer"):
             raise InputError(f"unexpected argument {overrides[0]!r}; see advgame {arguments.command} --help")
         return COMMANDS[arguments.command](arguments, overrides)
     except InputError as error:
@@ -193,6 +201,12 @@ def _redteam(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return run_redteam(arguments)
 
 
+def _redteam_transfer(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from advgame.redteam.transfer import run_transfer
+
+    return run_transfer(arguments)
+
+
 COMMANDS = {
     "train": _train,
     "resume": _resume,
@@ -200,6 +214,7 @@ COMMANDS = {
     "data": _data,
     "publish": _publish,
     "redteam": _redteam,
+    "redteam-transfer": _redteam_transfer,
 }
 
 if __name__ == "__main__":

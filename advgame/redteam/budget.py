@@ -37,6 +37,10 @@ class Budget:
     reserved: int = 0
     stopping: bool = False
 
+    def stop(self) -> None:
+        """No further query starts; those in flight end."""
+        self.stopping = True
+
     def reserve(self, target: bool) -> None:
         """Room for one query, kept until `settle`. Raises BudgetSpent or Stopped."""
         if self.stopping:

@@ -27,6 +27,23 @@ def add_redteam_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, metavar="N", help="tokens of all models in all; default: no limit")
 
 
+def add_transfer_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `advgame redteam-transfer`."""
+    parser.add_argument(
+        "--attacker",
+        action="append",
+        required=True,
+        metavar="[NAME=][STRATEGY@]MODEL",
+        help="may be repeated; STRATEGY as in redteam (default attacker: best of k)",
+    )
+    parser.add_argument("--target", action="append", required=True, metavar="[NAME=]MODEL", help="may be repeated")
+    add_shared_arguments(parser)
+    parser.add_argument("--sample", type=int, default=64, metavar="N", help="attacks that diversity looks at (64)")
+    parser.add_argument("--embed", metavar="MODEL", help="local model whose hidden states give the cosine")
+    parser.add_argument("--parallel", type=int, default=4, metavar="N", help="cells at a time (default 4)")
+    parser.set_defaults(classify="all")
+
+
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     """What `redteam` and `redteam-transfer` have in common."""
     parser.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,12 @@ async def engage(
     models: Models | None = None,
     notes: Sequence[str] = (),
     view: bool = True,
+    guard: bool = True,
 ) -> Outcome:
-    """One campaign, begun or continued in `out`; see README of that folder for its files.
+    """One campaign, begun or continued in `out`.
 
-    `models` shares opened models between campaigns; without it they are opened and closed here.
+    `models` shares opened models between campaigns; without it they are opened and closed here. `guard`: the first
+    Ctrl-C stops gently; off where the caller sees to it.
     """
     console = Console(stderr=True, quiet=not view)
     counters: Counter[str] = Counter()
@@ -62,7 +65,7 @@ async def engage(
                     counters,
                     on_query=lambda: progress.update(task, queries=budget.queries),
                 )
-                with gentle_stop(lambda: setattr(budget, "stopping", True), progress.console.print):
+                with gentle_stop(budget.stop, progress.console.print) if guard else nullcontext():
                     outcome = await run_campaign(
                         campaign, seeds, budget, on_seed=lambda _: progress.update(task, advance=1)
                     )
