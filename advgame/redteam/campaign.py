@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from advgame.evals.classify import Classifier, Item
 from advgame.game.tree import Seed
-from advgame.redteam.budget import Budget, Halt
+from advgame.redteam.budget import Budget, Halt, QueryFailed
 from advgame.redteam.strategies import (
     Attempt,
     Candidate,
@@ -41,10 +41,21 @@ class Campaign:
 
 @dataclass
 class Outcome:
-    """All attempts in the order of the seeds; `error`: what ended the run before its time, if a model is down."""
+    """All attempts in the order of the seeds. `failed`: how many are unfinished because a model gave no answer;
+    `error`: what ended the run before its time, if a model is down.
+    """
 
     attempts: list[Attempt]
+    failed: int = 0
     error: EngineError | None = None
+
+    def raise_failures(self) -> None:
+        """EngineError, one line, unless every model answered."""
+        if self.error is not None:
+            raise self.error
+        if self.failed:
+            why = next(a.why for a in self.attempts if a.stop is Stop.UNFINISHED)
+            raise EngineError(f"{self.failed} seeds are unfinished ({why}); run the same command again to go on")
 
 
 async def run_campaign(
@@ -63,6 +74,7 @@ async def run_campaign(
                 await _classify(campaign, attempt)
             except Halt as halt:
                 attempt.stop, attempt.why = Stop.UNFINISHED, str(halt)
+                outcome.failed += isinstance(halt, QueryFailed)
             except EngineError as error:
                 attempt.stop, attempt.why = Stop.UNFINISHED, str(error)
                 outcome.error = outcome.error or error
@@ -83,7 +95,7 @@ async def _attack(campaign: Campaign, attempt: Attempt) -> None:
 
 
 async def _classify(campaign: Campaign, attempt: Attempt) -> None:
-    """Labels the submitted attack, or every answered one."""
+    """Labels the submitted attack; or every answered one, which then also gets a verdict on its faithfulness."""
     best = attempt.best
     chosen = (
         [i for i, c in enumerate(attempt.candidates) if c.response is not None] if campaign.classify_all else [best]
@@ -98,3 +110,16 @@ async def _classify(campaign: Campaign, attempt: Attempt) -> None:
     verdicts = await together(campaign.classifier.classify([item(attempt.candidates[i])]) for i in indices)
     for i, (verdict,) in zip(indices, verdicts, strict=True):
         attempt.candidates[i] = replace(attempt.candidates[i], label=verdict.harmful)
+    if campaign.classify_all:
+        await _check_faithfulness(
+            campaign.crew, attempt, [i for i in indices if attempt.candidates[i].faithful is None]
+        )
+
+
+async def _check_faithfulness(crew: Crew, attempt: Attempt, indices: Sequence[int]) -> None:
+    verdicts = await together(
+        crew.judge.faithful(attempt.seed, (c := attempt.candidates[i]).prompt, crew.key(attempt.seed, c.name))
+        for i in indices
+    )
+    for i, verdict in zip(indices, verdicts, strict=True):
+        attempt.candidates[i] = replace(attempt.candidates[i], faithful=verdict)

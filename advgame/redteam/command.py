@@ -68,7 +68,10 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries-per-seed", type=int, metavar="N", help="most target queries a seed")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N seeds")
     parser.add_argument(
-        "--classify", choices=("best", "all"), default="best", help="the submitted attack, or every one"
+        "--classify",
+        choices=("best", "all"),
+        default="best",
+        help="the submitted attack, or every one (then faithfulness too)",
     )
     parser.add_argument(
         "--sampling", action="append", default=[], metavar="ROLE=T,P,N", help="temperature, top-p, tokens of a role"
@@ -111,8 +114,7 @@ def run_redteam(arguments: argparse.Namespace) -> int:
         )
     )
     print(arguments.out)
-    if outcome.error is not None:
-        raise outcome.error
+    outcome.raise_failures()
     return 0
 
 

@@ -74,7 +74,8 @@ class Fate(StrEnum):
 class Candidate:
     """One attack and what it led to. `rank` is its place among the target queries of its seed, from 1; 0: not asked.
 
-    `label` is the classifier's verdict: True a success, None not classified or no verdict.
+    `faithful` is the judge's verdict on the rewrite (on being on topic, in TAP), None without one; `label` the
+    classifier's: True a success, None not classified or no verdict.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Candidate:
     rank: int = 0
     prompt_tokens: int | None = None
     response_tokens: int | None = None
+    faithful: bool | None = None
     label: bool | None = None
 
 
@@ -151,7 +153,7 @@ async def best_of_k(crew: Crew, seed: Seed, k: int, attempt: Attempt) -> None:
             made.append(Candidate(name, "", Fate.UNREADABLE))
         else:
             fates = {True: Fate.NOT_ASKED, False: Fate.UNFAITHFUL, None: Fate.NO_FAITHFULNESS_VERDICT}
-            made.append(Candidate(name, "", fates[faithful], draft.prompt, draft.improvement))
+            made.append(Candidate(name, "", fates[faithful], draft.prompt, draft.improvement, faithful=faithful))
     cut = await _ask_and_judge(crew, attempt, made)
     attempt.stop = Stop.SEED_BUDGET if cut else Stop.EXHAUSTED
 
@@ -220,7 +222,7 @@ def _candidate(name: str, parent: str, draft: Draft | None, topic: bool | None) 
     if draft is None:
         return Candidate(name, parent, Fate.UNREADABLE)
     fate = Fate.OFF_TOPIC if topic is False else Fate.NOT_ASKED
-    return Candidate(name, parent, fate, draft.prompt, draft.improvement)
+    return Candidate(name, parent, fate, draft.prompt, draft.improvement, faithful=topic)
 
 
 def _continued(

@@ -88,8 +88,7 @@ def run_transfer(arguments: argparse.Namespace) -> int:
     _tell(console, cells)
     print(arguments.out)
     for outcome in outcomes.values():
-        if outcome.error is not None:
-            raise outcome.error
+        outcome.raise_failures()
     return 0
 
 
