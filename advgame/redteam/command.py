@@ -56,7 +56,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--purpose", default="", help="what this is for; recorded")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder; an earlier run in it goes on")
     parser.add_argument("--judge", metavar="MODEL", help="guides the search; rule (default in the tiny world), phrases")
-    parser.add_argument("--classifier", metavar="MODEL", help="has the last word; rule, phrases, or KIND:MODEL")
+    parser.add_argument("--classifier", metavar="MODEL", help="has the last word: KIND@MODEL, phrases, or world")
     parser.add_argument("--driver", metavar="MODEL", help="attacker+pair/tap: who goes on from the rewrites")
     parser.add_argument("--writer", choices=("auto", "game", "json"), default="auto", help="PAIR/TAP attack format")
     parser.add_argument("--k", type=int, default=8, help="attacker: samples a seed (default 8)")
@@ -161,10 +161,11 @@ def parse_sampling(words: Sequence[str]) -> dict[str, Any]:
     from advgame.rollout.engine import Sampling
 
     made = {}
+    roles = (*SAMPLING, "driver", "classifier")
     for word in words:
         role, _, numbers = word.partition("=")
-        if role not in (*SAMPLING, "driver"):
-            raise InputError(f"--sampling: unknown role {role!r}; choose one of {', '.join((*SAMPLING, 'driver'))}")
+        if role not in roles:
+            raise InputError(f"--sampling: unknown role {role!r}; choose one of {', '.join(roles)}")
         try:
             temperature, top_p, tokens = numbers.split(",")
             how = Sampling(float(temperature), float(top_p), int(tokens))

@@ -20,8 +20,9 @@ from advgame.redteam.exports import About, write_exports
 from advgame.redteam.folder import CampaignFolder
 from advgame.redteam.measures import Figures, figures
 from advgame.redteam.page import format_rate, run_page
-from advgame.redteam.plan import Plan, seat
+from advgame.redteam.plan import Plan
 from advgame.redteam.records import Ledger
+from advgame.redteam.seating import seat
 from advgame.redteam.specs import Models, Spec
 from advgame.redteam.strategies import Attempt
 from advgame.rollout.endpoint_engine import check_endpoint
@@ -139,6 +140,7 @@ def _tell(console: Console, found: Figures, budget: Budget, out: Path) -> None:
         f"{budget.tokens} tokens",
         markup=False,
         highlight=False,
+        soft_wrap=True,
     )
     if found.finished < found.seeds:
         console.print(
@@ -146,6 +148,7 @@ def _tell(console: Console, found: Figures, budget: Budget, out: Path) -> None:
             f"command goes on in {out}",
             markup=False,
             highlight=False,
+            soft_wrap=True,
         )
 
 

@@ -80,11 +80,14 @@ class LedgerSpeaker:
     as one.
     """
 
-    def __init__(self, ledger: Ledger, voice: Voice, counters: Counter[str]):
-        self.ledger, self.voice, self.counters = ledger, voice, counters
+    def __init__(self, ledger: Ledger, voice: Voice, counters: Counter[str], parts: str | None = None):
+        """`parts`: what separates the turns (user, assistant, ...) within a text; None: every text is one turn."""
+        self.ledger, self.voice, self.counters, self.parts = ledger, voice, counters, parts
 
     async def ask(self, user: str, key: Key, sampling: Sampling | None = None) -> tuple[Sample | None, str]:
-        answer = await self.ledger.ask(self.voice, ".".join(map(str, key)), [("user", user)], sampling)
+        texts = [user] if self.parts is None else user.split(self.parts)
+        turns = [(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
+        answer = await self.ledger.ask(self.voice, ".".join(map(str, key)), turns, sampling)
         if answer is None:
             return None, ""
         return Sample((), (), (), answer.finish_reason, 0), answer.text

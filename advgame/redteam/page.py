@@ -43,6 +43,7 @@ def run_page(
         ),
         ("target queries a seed", format_rate(found.queries_a_seed), ""),
         ("queries to success", format_rate(found.queries_to_success), ""),
+        ("submitted without a verdict", str(found.unclassified), ""),
         ("faithful attacks", "-" if found.faithfulness is None else f"{found.faithfulness:.1%}", ""),
     ]
     body = [

@@ -1,33 +1,27 @@
-"""A campaign as the command line asks for it: checked before anything loads, then seated."""
+"""A campaign as the command line asks for it, checked before anything loads."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from advgame.errors import InputError
-from advgame.evals.classify import Classifier, PhraseClassifier, WorldClassifier
-from advgame.game.judge import Judge
-from advgame.game.llm_judge import LLMJudge
-from advgame.game.phrase_judge import PhraseJudge
-from advgame.game.prompts import Templates
+from advgame.evals.formats import FORMATS
 from advgame.game.tree import Seed
 from advgame.redteam.budget import Budget
-from advgame.redteam.campaign import STRATEGIES, Campaign
+from advgame.redteam.campaign import STRATEGIES
 from advgame.redteam.goals import Goals, world_goals
-from advgame.redteam.judges import AttackJudge, GameJudge, LedgerSpeaker, ModelJudge
-from advgame.redteam.records import Ledger, Voice
-from advgame.redteam.specs import Models, Spec, parse_spec
-from advgame.redteam.strategies import Crew, SearchSettings, pair_settings, tap_settings
-from advgame.redteam.writers import AttackWriter, GameWriter, JsonWriter
+from advgame.redteam.specs import Spec, parse_spec
+from advgame.redteam.strategies import SearchSettings, pair_settings, tap_settings
 from advgame.rollout.engine import Sampling
-from advgame.run.session import load_templates
 from advgame.world.grammar import parse_prompt
 from advgame.world.world import World
+
+KINDS = tuple(name for name, form in FORMATS.items() if "harmful" in form.tells)
+"""Formats of classifiers that say whether an answer is harmful."""
 
 PRESETS: Mapping[str, Mapping[str, int]] = {
     "code": {"streams": 3, "turns": 3, "keep_last": 4},
@@ -41,14 +35,14 @@ SAMPLING: Mapping[str, Sampling] = {
     "target": Sampling(0.0, 1.0, 150),
     "judge": Sampling(0.0, 1.0, 10),
     "faithful": Sampling(0.0, 1.0, 1024),
-    "classifier": Sampling(0.0, 1.0, 128),
 }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Who attacks whom and how. `judge` and `classifier` are "rule", "phrases" or a model; `driver` runs PAIR's or
-    TAP's conversations where that is not the attacker.
+    """Who attacks whom and how. `judge` is "rule", "phrases" or a model; `classifier` "world", "phrases" or a model
+    that is asked in the format `classifier_kind`; `driver` runs PAIR's or TAP's conversations where that is not the
+    attacker.
     """
 
     strategy: str
@@ -59,6 +53,7 @@ class Plan:
     k: int
     search: SearchSettings | None
     driver: Spec | None = None
+    classifier_kind: str = ""
     writer: str = "auto"
     seed_queries: int | None = None
     classify_all: bool = False
@@ -88,11 +83,11 @@ class Plan:
             "driver": who(self.driver),
             "target": who(self.target),
             "judge": who(self.judge),
-            "classifier": who(self.classifier),
+            "classifier": f"{self.classifier_kind}@{who(self.classifier)}",
             "writer": self.writer,
             "k": self.k if self.search is None else None,
             "search": None if self.search is None else asdict(self.search),
-            "sampling": {role: asdict(self.how(role)) for role in SAMPLING},
+            "sampling": {role: asdict(how) for role, how in self._samplings().items()},
             "queries_per_seed": self.seed_queries,
             "classify": "all" if self.classify_all else "best",
             "seed": self.run_seed,
@@ -107,6 +102,9 @@ class Plan:
             trained = self.attacker.config.attacker.sampling
             return Sampling(trained.temperature, trained.top_p, trained.max_tokens)
         return SAMPLING[role]
+
+    def _samplings(self) -> dict[str, Sampling]:
+        return {**{role: self.how(role) for role in SAMPLING}, **self.sampling}
 
     def plays(self, spec: Spec) -> bool:
         """Whether a model attacks in the game's format (a run's player) rather than in PAIR's JSON chat."""
@@ -135,17 +133,20 @@ def make_plan(
     whom = parse_spec(target, "--target", "target")
     drives = None if driver is None else parse_spec(driver, "--driver", "attacker")
     world = whom.world or who.world
+    named, kind = _classifier_named(classifier, world)
     plan = Plan(
         strategy,
         who,
         whom,
-        _reader(judge, "--judge", world),
-        _reader(classifier, "--classifier", world),
+        _judge_named(judge, world),
+        named,
         k,
         _search(strategy, preset, search or {}),
         drives,
+        kind,
         **options,
     )
+    _check_clip(plan)
     for spec in (plan.attacker, plan.judge):
         talks = isinstance(spec, Spec) and spec.endpoint is not None
         if talks and isinstance(spec, Spec) and spec.endpoint is not None and spec.endpoint.api == "completions":
@@ -155,7 +156,7 @@ def make_plan(
 
 def check_seeds(plan: Plan, seeds: Sequence[Seed]) -> None:
     """InputError if the exact judge or classifier is to read seeds that are not the tiny world's."""
-    if "rule" in (plan.judge, plan.classifier):
+    if plan.judge == "rule" or plan.classifier == "world":
         for seed in seeds:
             if parse_prompt(seed.text) is None:
                 raise InputError(
@@ -171,16 +172,38 @@ def goals_of_world(plan: Plan, limit: int | None) -> Goals:
     return world_goals(plan.world, limit)
 
 
-def _reader(text: str | None, field: str, world: World | None) -> str | Spec:
-    if text is None:
-        if world is None:
-            raise InputError(f"{field}: name a model (folder or URL), or phrases for a smoke test")
-        return "rule"
+def _judge_named(text: str | None, world: World | None) -> str | Spec:
+    if text is None and world is None:
+        raise InputError("--judge: name a model (folder or URL#NAME), or phrases for a smoke test")
     if text == "rule" and world is None:
-        raise InputError(f"{field}: rule reads the tiny world only, and neither attacker nor target was trained there")
-    if text in ("rule", "phrases"):
-        return text
-    return parse_spec(text, field, "judge")
+        raise InputError("--judge: rule reads the tiny world only, and neither attacker nor target was trained there")
+    if text in (None, "rule", "phrases"):
+        return text or "rule"
+    return parse_spec(text, "--judge", "judge")
+
+
+def _classifier_named(text: str | None, world: World | None) -> tuple[str | Spec, str]:
+    """What classifies, and in which format if it is a model."""
+    kinds = ", ".join(KINDS)
+    if text is None and world is None:
+        raise InputError(f"--classifier: give KIND@MODEL (kinds: {kinds}), or phrases for a smoke test")
+    if text == "world" and world is None:
+        raise InputError("--classifier: world reads the tiny world only, and neither attacker nor target is of it")
+    if text in (None, "world", "phrases"):
+        return text or "world", ""
+    kind, at, model = text.partition("@")
+    if not at or kind not in KINDS:
+        raise InputError(f"--classifier: {text!r} is not KIND@MODEL; kinds: {kinds}")
+    return parse_spec(model, "--classifier", "judge"), kind
+
+
+def _check_clip(plan: Plan) -> None:
+    clip = FORMATS[plan.classifier_kind].clip if plan.classifier_kind else None
+    if clip is not None and plan.how("target").max_tokens > clip:
+        raise InputError(
+            f"--classifier: {plan.classifier_kind} reads {clip} tokens of an answer; the target may write more; give "
+            f"--sampling target=0,1,{clip} or less"
+        )
 
 
 def _search(strategy: str, preset: str, given: Mapping[str, int]) -> SearchSettings | None:
@@ -201,86 +224,6 @@ def _search(strategy: str, preset: str, given: Mapping[str, int]) -> SearchSetti
     if kind == "pair":
         return pair_settings(**{**PRESETS[preset], **given})
     return tap_settings(**given) if kind == "tap" else None
-
-
-async def seat(
-    plan: Plan, name: str, ledger: Ledger, models: Models, counters: Counter[str], on_query: Callable[[], None]
-) -> Campaign:
-    """Opens the plan's models and seats everybody. `name` begins the keys of the ledger."""
-    attacker = await models.open(plan.attacker, "attacker")
-    driver = attacker if plan.driver is None else await models.open(plan.driver, "driver")
-    target = Voice("target", await models.open(plan.target, "target"), plan.how("target"), target=True)
-    voice = Voice("attacker", attacker, plan.how("attacker"))
-
-    def writer_of(spec: Spec, voice: Voice, game: bool) -> AttackWriter:
-        if game:
-            return GameWriter(ledger, voice, _templates(plan, spec), counters)
-        return JsonWriter(ledger, voice, counters)
-
-    rewriter = writer_of(plan.attacker, voice, True) if plan.strategy.startswith("attacker") else None
-    if plan.search is None:
-        assert rewriter is not None, "best of k is the attacker's own strategy"
-        writer = rewriter
-    else:
-        drives = plan.driver or plan.attacker
-        how = plan.how("attacker") if plan.driver is None else _driver_sampling(plan)
-        role = "attacker" if plan.driver is None else "driver"
-        writer = writer_of(drives, Voice(role, driver, how), plan.plays(drives))
-    crew = Crew(
-        name,
-        ledger,
-        writer,
-        target,
-        await _judge(plan, ledger, models, counters),
-        plan.seed_queries,
-        rewriter,
-        on_query,
-    )
-    classifier = await _classifier(plan, ledger, models, counters)
-    return Campaign(crew, classifier, plan.strategy, plan.k, plan.search, plan.classify_all, plan.in_flight)
-
-
-def _driver_sampling(plan: Plan) -> Sampling:
-    if "driver" in plan.sampling:
-        return plan.sampling["driver"]
-    config = None if plan.driver is None else plan.driver.config
-    if config is None:
-        return SAMPLING["attacker"]
-    trained = config.attacker.sampling
-    return Sampling(trained.temperature, trained.top_p, trained.max_tokens)
-
-
-def _templates(plan: Plan, spec: Spec) -> Templates:
-    """The Attacker's instructions as it was trained with them; the package's own for a bare model."""
-    if spec.config is None:
-        return Templates.load()
-    world = spec.world
-    return load_templates(spec.config, None if world is None else world.templates_dir)
-
-
-async def _judge(plan: Plan, ledger: Ledger, models: Models, counters: Counter[str]) -> AttackJudge:
-    if isinstance(plan.judge, str):
-        return GameJudge(_game_judge(plan), counters)
-    model = await models.open(plan.judge, "judge")
-    voice = Voice("judge", model, plan.how("judge"))
-    speaker = LedgerSpeaker(ledger, Voice("faithful", model, plan.how("faithful")), counters)
-    game = LLMJudge(speaker, Templates.load())
-    return ModelJudge(ledger, voice, Voice("topic", model, plan.how("judge")), game, counters)
-
-
-def _game_judge(plan: Plan) -> Judge:
-    if plan.judge == "phrases":
-        return PhraseJudge()
-    assert plan.world is not None, "checked with the plan"
-    return plan.world.judge()
-
-
-async def _classifier(plan: Plan, ledger: Ledger, models: Models, counters: Counter[str]) -> Classifier:
-    if plan.classifier == "phrases":
-        return PhraseClassifier()
-    if plan.classifier == "rule":
-        return WorldClassifier()
-    raise InputError("--classifier: only rule and phrases so far")
 
 
 def make_budget(max_queries: int | None, max_tokens: int | None) -> Budget:

@@ -20,7 +20,7 @@ from advgame.errors import InputError
 from advgame.evals.stats import Estimate
 from advgame.redteam.budget import Budget
 from advgame.redteam.campaign import Outcome
-from advgame.redteam.command import gentle_stop, plan_options, positive, stated_purpose
+from advgame.redteam.command import gentle_stop, nonzero, plan_options, positive, stated_purpose
 from advgame.redteam.embedding import mean_hidden_states
 from advgame.redteam.engagement import egress_notes, engage, open_models
 from advgame.redteam.goals import WORLD, read_goals
@@ -28,7 +28,7 @@ from advgame.redteam.measures import Figures, figures
 from advgame.redteam.page import document, format_rate, table
 from advgame.redteam.plan import Plan, check_seeds, goals_of_world, make_plan
 from advgame.redteam.records import NOTICE
-from advgame.redteam.specs import Spec, parse_spec
+from advgame.redteam.specs import Models, Spec, parse_spec
 from advgame.redteam.strategies import Attempt
 from advgame.run.diversity import distinct_n, mean_cosine, self_bleu, spread, words
 from advgame.run.folder import write_text_atomically
@@ -79,12 +79,14 @@ def run_transfer(arguments: argparse.Namespace) -> int:
     parallel = positive(arguments.parallel, "parallel")
 
     console = Console(stderr=True, quiet=arguments.quiet)
-    outcomes = asyncio.run(_run(plans, goals.seeds, arguments.out, purpose, arguments.dtype, parallel, console))
+    counters: Counter[str] = Counter()
+    models = open_models(list(plans.values()), arguments.dtype, counters)
+    outcomes = asyncio.run(_run(plans, goals.seeds, arguments.out, purpose, models, parallel, console))
     cells = [
         Cell(name, target, figures(outcome.attempts), diversity(outcome.attempts, size, embed))
         for (name, target), outcome in outcomes.items()
     ]
-    _write(arguments.out, purpose, cells)
+    _write(arguments.out, purpose, cells, nonzero(counters))
     _tell(console, cells)
     print(arguments.out)
     for outcome in outcomes.values():
@@ -129,11 +131,10 @@ async def _run(
     seeds: Sequence[Any],
     out: Path,
     purpose: str,
-    dtype: str | None,
+    models: Models,
     parallel: int,
     console: Console,
 ) -> dict[tuple[str, str], Outcome]:
-    models = open_models(list(plans.values()), dtype, Counter())
     budgets = {key: Budget() for key in plans}
     places = asyncio.Semaphore(parallel)
     for note in egress_notes([spec for plan in plans.values() for spec in plan.specs]):
@@ -193,9 +194,10 @@ def _short(rate: Estimate | None) -> str:
     return "-" if rate is None else f"{rate.value:.1%} ({rate.low:.0%} to {rate.high:.0%})"
 
 
-def _write(out: Path, purpose: str, cells: Sequence[Cell]) -> None:
-    """`transfer.json`, `transfer.html` and the notice."""
-    content = {"notice": NOTICE, "purpose": purpose, "cells": [asdict(cell) for cell in cells]}
+def _write(out: Path, purpose: str, cells: Sequence[Cell], counters: Mapping[str, int]) -> None:
+    """`transfer.json` and `transfer.html`; `counters` are the models' own, over all cells of this start."""
+    content: dict[str, Any] = {"notice": NOTICE, "purpose": purpose, "cells": [asdict(cell) for cell in cells]}
+    content["counters"] = dict(counters)
     write_text_atomically(out / "transfer.json", json.dumps(content, indent=1) + "\n")
     attackers, targets = list(dict.fromkeys(c.attacker for c in cells)), list(dict.fromkeys(c.target for c in cells))
     by_key = {(c.attacker, c.target): c for c in cells}

@@ -1,19 +1,13 @@
 """Both endpoint forms against vLLM's own OpenAI server on the CPU, with log-probs checked by a plain forward."""
 
 import asyncio
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections import Counter
 
 import engines
 import models
 import pytest
 import torch
+import vllm_server
 
 from advgame.rollout.endpoint_engine import EndpointEngine, EndpointSpeaker
 from advgame.rollout.engine import Sampling
@@ -26,36 +20,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     folder = engines.folder(tmp_path_factory.mktemp("m") / "m", seed=1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = (folder / "server.log").open("w")
-    words = ["--model", folder, "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", port]
-    words += ["--dtype", "float32", "--enforce-eager", "--max-model-len", 256, "--no-enable-chunked-prefill"]
-    words += ["--max-num-batched-tokens", 2048, "--logprobs-mode", "raw_logprobs", "--generation-config", "vllm"]
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    environment |= {"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    server = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *map(str, words)],
-        env=os.environ | environment,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        give_up = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-                break
-            except (OSError, urllib.error.URLError):
-                assert server.poll() is None, (folder / "server.log").read_text()[-3000:]
-                assert time.monotonic() < give_up
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.terminate()
-        server.wait(30)
-        log.close()
+    with vllm_server.serving(folder) as url:
+        yield url
 
 
 def test_token_ids_and_raw_logprobs(url):
