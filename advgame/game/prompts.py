@@ -24,7 +24,7 @@ from advgame.game.tree import Category, Rubric, Seed
 
 
 @dataclass(frozen=True)
-class _Rules:
+class Rules:
     """What a template must contain: placeholders, and literal text its reader must be told.
 
     form: the template whose text stands for `{format}`, and then shows what this one must show; without `{style}`.
@@ -45,22 +45,22 @@ _SHOWN = {
     "faithful": ("<verdict>", "</verdict>"),
 }
 
-RULES: Mapping[str, _Rules] = {
-    "attacker_harmful": _Rules(("seed",), ("format",)),
-    "attacker_benign": _Rules(("seed",), ("format",)),
-    "format_reasoning": _Rules(shows=("<think>", "</think>", "<prompt>", "</prompt>")),
-    "format_plain": _Rules(shows=("<prompt>", "</prompt>")),
-    "defender_reasoning": _Rules(("prompt",), shows=("<think>", "</think>")),
-    "judge_faithful": _Rules(("seed", "attack"), ("format",), _SHOWN["faithful"], "verdict_faithful"),
+RULES: Mapping[str, Rules] = {
+    "attacker_harmful": Rules(("seed",), ("format",)),
+    "attacker_benign": Rules(("seed",), ("format",)),
+    "format_reasoning": Rules(shows=("<think>", "</think>", "<prompt>", "</prompt>")),
+    "format_plain": Rules(shows=("<prompt>", "</prompt>")),
+    "defender_reasoning": Rules(("prompt",), shows=("<think>", "</think>")),
+    "judge_faithful": Rules(("seed", "attack"), ("format",), _SHOWN["faithful"], "verdict_faithful"),
     **{
-        f"judge_pair_{rubric}": _Rules(("query", "answer_a", "answer_b"), ("format",), _SHOWN["pair"], "verdict_pair")
+        f"judge_pair_{rubric}": Rules(("query", "answer_a", "answer_b"), ("format",), _SHOWN["pair"], "verdict_pair")
         for rubric in Rubric
     },
     **{
-        f"judge_point_{rubric}": _Rules(("query", "answer"), ("format",), _SHOWN["point"], "verdict_point")
+        f"judge_point_{rubric}": Rules(("query", "answer"), ("format",), _SHOWN["point"], "verdict_point")
         for rubric in Rubric
     },
-    **{f"verdict_{form}_{style}": _Rules(shows=tags) for form, tags in _SHOWN.items() for style in get_args(Style)},
+    **{f"verdict_{form}_{style}": Rules(shows=tags) for form, tags in _SHOWN.items() for style in get_args(Style)},
 }
 """The templates by name (file stem)."""
 
@@ -108,7 +108,7 @@ class Templates:
                 path, raw = str(own), _read(own)
             else:
                 path, raw = f"{name}.md", (package / f"{name}.md").read_bytes()
-            texts[name] = _checked(path, raw, rules)
+            texts[name] = checked_template(path, raw, rules)
             if rules.form and style != "reason" and "{format}" not in texts[name]:
                 raise InputError(
                     f"{path}: says itself how to answer, so judge.style: {style} cannot; put {{format}} in its place"
@@ -142,12 +142,17 @@ class Templates:
         if RULES[name].form:
             form = self._fill(f"{RULES[name].form}_{self.style}", {})
         inserted = {key: escape(value, self.tags) for key, value in values.items()} | {"format": form}
+        return fill_template(self.texts[name], inserted)
 
-        def replace(match: re.Match[str]) -> str:
-            literal = match["literal"]
-            return f"{{{literal}}}" if literal else inserted[match["name"]]
 
-        return _PLACEHOLDER.sub(replace, self.texts[name])
+def fill_template(text: str, inserted: Mapping[str, str]) -> str:
+    """`text` with its placeholders filled in one pass; what is `inserted` must have been escaped already."""
+
+    def replace(match: re.Match[str]) -> str:
+        literal = match["literal"]
+        return f"{{{literal}}}" if literal else inserted[match["name"]]
+
+    return _PLACEHOLDER.sub(replace, text)
 
 
 def _check_directory(directory: Path) -> None:
@@ -165,7 +170,8 @@ def _read(path: Path) -> bytes:
         raise InputError(f"{path}: cannot be read ({error.strerror}); mend or remove the file") from error
 
 
-def _checked(path: str, raw: bytes, rules: _Rules) -> str:
+def checked_template(path: str, raw: bytes, rules: Rules) -> str:
+    """A template file's text. InputError if it is empty, no UTF-8, or lacks what `rules` ask for."""
     try:
         # Outer white space would become part of what the players learn to expect.
         text = raw.decode("utf-8-sig").replace("\r\n", "\n").strip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from advgame.errors import InputError
 
 
 class ChatFormat:
-    """One user turn in the tokenizer's own chat template.
+    """Turns in the tokenizer's own chat template.
 
     A user's text cannot leave its turn: where it spells a special token (an attack that writes `<|im_end|>`), a
     space breaks the spelling, so that it is encoded as ordinary text.
@@ -32,12 +33,36 @@ class ChatFormat:
         self._special = tuple(sorted(spellings, key=lambda token: (-len(token), token)))
 
     def prompt_ids(self, user: str) -> tuple[int, ...]:
-        for token in self._special:
-            user = user.replace(token, f"{token[0]} {token[1:]}")
-        messages = [{"role": "user", "content": user}]
+        return self.conversation_ids([("user", user)])
+
+    def conversation_ids(self, turns: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+        """Turns as (role, text), the roles being system, user and assistant, and the opening of the next answer.
+
+        Where the template knows no system role, that text goes to the head of the turn after it.
+        """
+        if turns[0][0] == "system" and not self._knows_system:
+            (_, system), (role, text), *rest = turns
+            turns = [(role, f"{system}\n\n{text}"), *rest]
+        return self._ids(turns)
+
+    @cached_property
+    def _knows_system(self) -> bool:
+        try:
+            self._ids([("system", "a"), ("user", "b")])
+        except Exception:  # a template is a program of its folder's, and refuses in its own way
+            return False
+        return True
+
+    def _ids(self, turns: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+        messages = [{"role": role, "content": self._defused(text)} for role, text in turns]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         # the template writes the special tokens itself
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _defused(self, text: str) -> str:
+        for token in self._special:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
 
     def text(self, token_ids: Sequence[int]) -> str:
         return cast(str, self.tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()

@@ -75,7 +75,7 @@ class EndpointSpeaker:
         self, user: str, key: tuple[int, ...], sampling: Sampling | None = None, stop: tuple[str, ...] = ()
     ) -> tuple[Sample | None, str]:
         """(an empty sample with the finish reason, the text); (None, "") when the server failed or refused."""
-        body = _body(self.settings.model, sampling or self.sampling, stream_seed(self.run_seed, key))
+        body = request_body(self.settings.model, sampling or self.sampling, stream_seed(self.run_seed, key))
         chat = self.settings.api == "chat"
         path = "/chat/completions" if chat else "/completions"
         body |= {"messages": self.messages(user)} if chat else {"prompt": user}
@@ -83,7 +83,7 @@ class EndpointSpeaker:
         try:
             with self.meter.use():
                 posted = await self._client.post(path, body)
-            choice, answer = _choice(posted, self.name)
+            choice, answer = first_choice(posted, self.name)
             text = choice["message"]["content"] if chat else choice["text"]
             if not isinstance(text, str):
                 raise EngineError(f"{self.name}: the answer has no text")
@@ -124,9 +124,9 @@ class EndpointEngine:
 
     async def generate(self, request: Request) -> Sample:
         """Raises EngineError when the server fails, refuses, or answers without token ids."""
-        body = _body(self.settings.model, request.sampling, request.seed)
+        body = request_body(self.settings.model, request.sampling, request.seed)
         body |= {"prompt": list(request.prompt_ids), "logprobs": 0, "return_token_ids": True}
-        choice, _ = _choice(await self._client.post("/completions", body), self.name)
+        choice, _ = first_choice(await self._client.post("/completions", body), self.name)
         tokens = choice.get("token_ids")
         logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
         if not isinstance(tokens, list) or not isinstance(logprobs, list) or len(tokens) != len(logprobs):
@@ -140,7 +140,7 @@ class EndpointEngine:
         self._client.close()
 
 
-def _body(model: str, sampling: Sampling, seed: int) -> dict[str, Any]:
+def request_body(model: str, sampling: Sampling, seed: int) -> dict[str, Any]:
     return {
         "model": model,
         "temperature": sampling.temperature,
@@ -151,7 +151,7 @@ def _body(model: str, sampling: Sampling, seed: int) -> dict[str, Any]:
     }
 
 
-def _choice(answer: Any, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def first_choice(answer: Any, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The first choice and the whole answer; EngineError if it is not of the protocol's shape."""
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
@@ -170,3 +170,7 @@ def _usage(answer: Mapping[str, Any], *path: str) -> Any:
 def _count(answer: Mapping[str, Any], name: str) -> int:
     value = _usage(answer, name)
     return value if isinstance(value, int) else 0
+
+
+def completion_tokens(answer: Mapping[str, Any]) -> int:
+    return _count(answer, "completion_tokens")

@@ -28,6 +28,14 @@ class EndpointUnavailable(EngineError):
     """The server did not answer usefully within all retries."""
 
 
+class EndpointRefused(EngineError):
+    """The server refuses this request with `status`; asked again, it would again."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
 class _Retry(Exception):
     """One try failed in a way that another may not; `after` is the server's own wish in seconds."""
 
@@ -40,8 +48,8 @@ class JsonClient:
     """Posts JSON to paths below `url`.
 
     Retries after 429, 5xx, broken connections, timeouts and bodies that are no JSON, waiting `backoff_s`, twice that,
-    and so on with up to half as much again at random. Other statuses raise EngineError at once, since the same request
-    would fail again. counters: `<name>_http_retries`, `<name>_http_<status>`, `<name>_http_timeouts`.
+    and so on with up to half as much again at random. Other statuses raise EndpointRefused at once, since the same
+    request would fail again. counters: `<name>_http_retries`, `<name>_http_<status>`, `<name>_http_timeouts`.
     """
 
     def __init__(
@@ -69,7 +77,7 @@ class JsonClient:
         self._local = threading.local()
 
     async def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The decoded answer. Raises EndpointUnavailable after all retries, EngineError for a refused request."""
+        """The decoded answer. Raises EndpointUnavailable after all retries, EndpointRefused for a refused request."""
         data = json.dumps(body).encode()
         for attempt in range(self._retries + 1):
             try:
@@ -105,7 +113,7 @@ class JsonClient:
             said = " ".join(raw[:300].decode("utf-8", "replace").split())
             if status == 429 or status >= 500:
                 raise _Retry(f"status {status}: {said}", after)
-            raise EngineError(f"{self._name}: {self.host} refuses with status {status}: {said}")
+            raise EndpointRefused(f"{self._name}: {self.host} refuses with status {status}: {said}", status)
         try:
             return json.loads(raw)
         except ValueError:
