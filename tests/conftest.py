@@ -12,6 +12,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -33,9 +34,8 @@ def pytest_unconfigure(config):
         del os.environ["ADVGAME_CACHE"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items):
-    import pytest
-
     root = Path(__file__).parent
     for item in items:
         path = item.path.relative_to(root).as_posix()
