@@ -73,7 +73,7 @@ def test_death_in_mid_publish_restarts_at_the_new_version(runner, engine, pair):
 
     start = time.perf_counter()
     runner.run(engine.publish(1, write))
-    assert time.perf_counter() - start < 60
+    assert time.perf_counter() - start < 180  # an engine starts in 10 s where nothing else runs
     assert (len(calls), engine.version) == (1, 1)
     assert engine.counters["defender_restarts"] == engine.counters["defender_publish_failures"] == 1
     assert_serves(runner, engine, pair[1], 1)

@@ -80,7 +80,7 @@ def test_new_weights_are_what_is_sampled_from(runner, tmp_path, family, tied):
         runner.run(engine.publish(3, writer(second)))
         assert_serves(runner, engine, second, 3)
         assert engine.last_publish.total > 0
-        assert not {k: v for k, v in engine.counters.items() if v}
+        assert not {k: v for k, v in engine.counters.items() if v and not k.endswith("_tokens")}
     finally:
         runner.run(engine.close())
 
