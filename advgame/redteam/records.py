@@ -30,14 +30,17 @@ KEPT = ("status", "text", "finish", "prompt_tokens", "completion_tokens")
 """What of a line is held in memory."""
 
 
+TARGET = "target"
+"""The role whose answers the budget of queries counts."""
+
+
 @dataclass(frozen=True)
 class Voice:
-    """One role of a run: who speaks it and how it samples. `target` marks the one whose answers are counted."""
+    """One role of a run: who speaks it and how it samples."""
 
     role: str
     model: Model
     sampling: Sampling
-    target: bool = False
 
 
 class Ledger:
@@ -50,7 +53,6 @@ class Ledger:
         """Reads `path` if it exists. Raises InputError if a line of it, other than a torn last one, is no record."""
         self.path, self.budget, self.run_seed, self.purpose = path, budget, run_seed, purpose
         self.counters: Counter[str] = Counter()
-        self.last_error = ""
         self._known: dict[tuple[str, str], dict[str, Any]] = {}
         self._failed_in_a_row: Counter[str] = Counter()
         self._file: IO[bytes] | None = None
@@ -79,20 +81,20 @@ class Ledger:
         found = self._known.get((key, mark))
         if found is not None:
             self.counters[f"{voice.role}_replayed"] += 1
-            return self._spent(voice, found)
-        self.budget.reserve(voice.target)
+            return _answer(found)
+        self.budget.reserve(voice.role == TARGET)
         try:
             record = await self._pay(voice, key, turns, how)
         finally:
-            self.budget.settle(voice.target)
+            self.budget.settle(voice.role == TARGET)
         line: dict[str, Any] = {"key": key, "fingerprint": mark, "role": voice.role, "model": voice.model.identity}
         line |= {"sampling": [how.temperature, how.top_p, how.max_tokens], "turns": [list(t) for t in turns]} | record
         self._write(line)
         if record["status"] == "failed":
             self._count_failure(voice, record["error"])
         self._failed_in_a_row[voice.role] = 0
-        self._known[key, mark] = {name: line.get(name) for name in KEPT}
-        return self._spent(voice, line)
+        self._keep(line)
+        return _answer(line)
 
     async def _pay(self, voice: Voice, key: str, turns: Turns, how: Sampling) -> dict[str, Any]:
         start, began = time.time(), time.perf_counter()
@@ -113,16 +115,13 @@ class Ledger:
             record |= {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
         return record | {"seconds": round(time.perf_counter() - began, 4)}
 
-    def _spent(self, voice: Voice, line: Mapping[str, Any]) -> Answer | None:
-        if line["status"] == "rejected":
-            self.budget.spend(voice.target, 0)
-            return None
-        answer = Answer(line["text"], line["finish"], line["prompt_tokens"], line["completion_tokens"])
-        self.budget.spend(voice.target, answer.tokens)
-        return answer
+    def _keep(self, line: Mapping[str, Any]) -> None:
+        """Remembers an answer, and counts what it cost: now or in an earlier start, but once."""
+        self._known[line["key"], line["fingerprint"]] = {name: line.get(name) for name in KEPT}
+        answer = _answer(line)
+        self.budget.spend(line["role"] == TARGET, 0 if answer is None else answer.tokens)
 
     def _count_failure(self, voice: Voice, error: str) -> None:
-        self.last_error = error
         self._failed_in_a_row[voice.role] += 1
         if self._failed_in_a_row[voice.role] >= FAILURES_IN_A_ROW:
             raise EngineError(
@@ -157,11 +156,17 @@ class Ledger:
                 if "notice" in line:
                     continue
                 if line["status"] != "failed":
-                    self._known[line["key"], line["fingerprint"]] = {name: line.get(name) for name in KEPT}
+                    self._keep(line)
                 else:
                     self.counters["failed_before"] += 1
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{self.path} line {number}: no record of a query; restore the file") from error
+
+
+def _answer(line: Mapping[str, Any]) -> Answer | None:
+    if line["status"] == "rejected":
+        return None
+    return Answer(line["text"], line["finish"], line["prompt_tokens"], line["completion_tokens"])
 
 
 def fingerprint(identity: str, turns: Turns, sampling: Sampling) -> str:

@@ -14,7 +14,7 @@ from advgame.game.prompts import Templates
 from advgame.redteam.campaign import Campaign
 from advgame.redteam.judges import AttackJudge, GameJudge, LedgerSpeaker, ModelJudge
 from advgame.redteam.plan import SAMPLING, Plan
-from advgame.redteam.records import Ledger, Voice
+from advgame.redteam.records import TARGET, Ledger, Voice
 from advgame.redteam.specs import Models, Spec
 from advgame.redteam.strategies import Crew
 from advgame.redteam.writers import AttackWriter, GameWriter, JsonWriter
@@ -28,7 +28,7 @@ async def seat(
     """Opens the plan's models and seats everybody. `name` begins the keys of the ledger."""
     attacker = await models.open(plan.attacker, "attacker")
     driver = attacker if plan.driver is None else await models.open(plan.driver, "driver")
-    target = Voice("target", await models.open(plan.target, "target"), plan.how("target"), target=True)
+    target = Voice(TARGET, await models.open(plan.target, "target"), plan.how("target"))
     voice = Voice("attacker", attacker, plan.how("attacker"))
 
     def writer_of(spec: Spec, voice: Voice, game: bool) -> AttackWriter:

@@ -58,7 +58,7 @@ class Table:
         how = Sampling(0.0, 1.0, 10)
 
         def voice(role, speaker):
-            return Voice(role, roles[speaker], how, target=role == "target")
+            return Voice(role, roles[speaker], how)
 
         faithful: Judge = LLMJudge(
             LedgerSpeaker(self.ledger, voice("faithful", "judge"), self.counters), Templates.load()

@@ -29,7 +29,7 @@ def asked(folder, *requests, script=echo, budget=None, role="target"):
     """Answers of a fresh ledger in `folder` to (key, text) requests, and the model's log."""
     log = []
     ledger = Ledger(folder / "queries.jsonl", budget or Budget(), 0, "a test")
-    voice = Voice(role, Scripted("m", script, log), HOW, target=role == "target")
+    voice = Voice(role, Scripted("m", script, log), HOW)
 
     async def run():
         with ledger:
@@ -65,7 +65,7 @@ def test_another_question_is_asked(tmp_path, change):
     log = []
     ledger = Ledger(tmp_path / "queries.jsonl", Budget(), 0, "a test")
     how = Sampling(0.5, 1.0, 10) if change == "sampling" else HOW
-    voice = Voice("target", Scripted("other" if change == "model" else "m", echo, log), how, target=True)
+    voice = Voice("target", Scripted("other" if change == "model" else "m", echo, log), how)
 
     async def run():
         with ledger:
@@ -110,7 +110,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
 def test_a_model_that_is_down_ends_the_run(tmp_path):
     log = []
     ledger = Ledger(tmp_path / "queries.jsonl", Budget(), 0, "a test")
-    voice = Voice("target", Scripted("m", lambda _: None, log), HOW, target=True)
+    voice = Voice("target", Scripted("m", lambda _: None, log), HOW)
 
     async def run():
         with ledger:

@@ -189,6 +189,8 @@ def test_a_budget_stops_cleanly_and_a_larger_one_goes_on(tmp_path, seeds, whole)
         assert cli.main(words(server, seeds, out, "--max-queries", "7")) == 0
         assert summary(out)["spent"]["target_queries"] == len(server.answered("target")) == 7
         assert summary(out)["figures"]["finished"] < 4
+        assert cli.main(words(server, seeds, out, "--max-queries", "9")) == 0
+        assert len(server.answered("target")) == 9  # what the first start spent counts from the beginning
         assert cli.main(words(server, seeds, out)) == 0
         assert len(server.seen) == len(records(out)) == 108
     assert candidates(out) == whole
