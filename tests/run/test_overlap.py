@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import time
 
 import models
 import pytest
@@ -13,7 +14,7 @@ from advgame import cli
 from advgame.config import Config
 from advgame.rollout.meter import Meter
 from advgame.rollout.transformers_engine import TransformersEngine
-from advgame.run import names
+from advgame.run import loop, names, verify
 from advgame.run.effort import Clock, Totals, step_effort
 from advgame.run.recorder import read_trees, tree_files
 
@@ -121,6 +122,26 @@ def test_a_stop_of_ahead_and_its_end_without(words, tmp_path):
     assert cli.main(["resume", str(run), "--quiet", "--run.ahead", "0"]) == 0
     assert [row["play/staleness"] for row in metrics(run)[:6]] == [0, 1, 1, 1, 1, 0]
     assert sorted(places(run)) == [(step, i) for step in range(6) for i in range(8)]
+
+
+def test_a_tree_that_fails_while_another_step_learns_ends_the_run(words, monkeypatch):
+    """Nobody waits for the next step's trees then; its failure must not be waited for either."""
+    generate, learn = TransformersEngine.generate, loop.learn
+
+    async def broken(self, request):
+        if request.key[0] == 1:
+            raise KeyError("a bug")
+        return await generate(self, request)
+
+    def slow(*arguments):
+        time.sleep(0.5)
+        return learn(*arguments)
+
+    monkeypatch.setattr(TransformersEngine, "generate", broken)
+    monkeypatch.setattr(loop, "learn", slow)
+    with pytest.raises(BaseExceptionGroup) as failed:
+        cli.main([*words, "--run.ahead", "1"])
+    assert failed.group_contains(KeyError)
 
 
 @pytest.fixture
