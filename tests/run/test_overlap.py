@@ -144,6 +144,22 @@ def test_a_tree_that_fails_while_another_step_learns_ends_the_run(words, monkeyp
     assert failed.group_contains(KeyError)
 
 
+@pytest.mark.parametrize("reference", ["rollout", "recompute"])
+def test_samplers_are_verified_ahead_too(words, tmp_path, monkeypatch, reference):
+    """The embedded engine in vLLM's place: what is measured, on which trees, and with which length in the limit."""
+    monkeypatch.setattr(verify, "VllmEngine", TransformersEngine)
+    monkeypatch.setattr(verify, "limit", lambda session, tokens: lengths.append(tokens) or 0.02)
+    lengths = []
+    every = ["--rollout.vllm.verify_every", "1", "--learn.reference", reference]
+    train(words, *every, "--run.name", "a", "--run.ahead", "1", "--run.steps", "4")
+    rows = metrics(tmp_path / "a")
+    gaps = [row["sampler_gap_defender"] for row in rows if "sampler_gap_defender" in row]
+    assert len(gaps) >= 3
+    assert max(gaps) < 1e-3
+    assert len(lengths) == len(gaps)
+    assert min(lengths) > 1
+
+
 @pytest.fixture
 def slow_trees(monkeypatch):
     """The real engine, but the last tree of each batch is held back until a later step has begun."""
