@@ -128,7 +128,8 @@ async def train(
             if run.checkpoint_every and progress.step % run.checkpoint_every == 0:
                 save(session, folder, progress, plays)
 
-        if not run.checkpoint_every or progress.step % run.checkpoint_every:
+        # after step 0 too: who stops in the first evaluation can resume
+        if not run.checkpoint_every or not progress.step or progress.step % run.checkpoint_every:
             save(session, folder, progress, plays)
     finally:
         await plays.close()

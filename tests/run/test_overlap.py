@@ -124,6 +124,24 @@ def test_a_stop_of_ahead_and_its_end_without(words, tmp_path):
     assert sorted(places(run)) == [(step, i) for step in range(6) for i in range(8)]
 
 
+def reference_gaps(run):
+    return [row["learn/defender/reference_gap"] for row in metrics(run) if "learn/defender/reference_gap" in row]
+
+
+@pytest.mark.slow
+def test_pairs_refer_to_what_sampled_them_after_any_resume(words, tmp_path):
+    """A run's end played nothing ahead, whatever its settings; a checkpoint's trees were, whatever the new ones."""
+    ahead = [*words, "--run.ahead", "1", "--learn.reference", "recompute", "--learn.lr", "1e-2"]
+    train(ahead, "--run.name", "more", "--run.steps", "4")
+    assert cli.main(["resume", str(tmp_path / "more"), "--quiet", "--run.steps", "8"]) == 0
+    train(ahead, "--run.name", "less")
+    shutil.rmtree(tmp_path / "less" / "checkpoints" / "step-000006")
+    assert cli.main(["resume", str(tmp_path / "less"), "--quiet", "--run.ahead", "0"]) == 0
+    for name in ("more", "less"):
+        assert len(reference_gaps(tmp_path / name)) >= 4
+        assert max(reference_gaps(tmp_path / name)) < 1e-3
+
+
 def test_a_tree_that_fails_while_another_step_learns_ends_the_run(words, monkeypatch):
     """Nobody waits for the next step's trees then; its failure must not be waited for either."""
     generate, learn = TransformersEngine.generate, loop.learn
