@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from advgame.config import LearnSettings
 from advgame.errors import InputError
 from advgame.game.pairs import Group, Member, Pair
 from advgame.game.tree import Sample
@@ -39,6 +38,7 @@ from advgame.learn.objective import (
 )
 from advgame.learn.packing import PackedBatch, micro_batches, pack
 from advgame.learn.reference import ReferenceChoice, snapshot, weights_of
+from advgame.learn.settings import LearnSettings
 from advgame.publish.capture import PublishPass
 from advgame.rollout.chat import first_line
 

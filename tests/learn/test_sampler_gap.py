@@ -10,9 +10,9 @@ import pytest
 import torch
 from test_learner import learner, sampled
 
-from advgame.config import LearnSettings
 from advgame.game.pairs import Group, Member
 from advgame.learn.learner import Learner
+from advgame.learn.settings import LearnSettings
 from advgame.rollout.engine import Request, Sampling
 from advgame.rollout.first_token import FirstToken
 from advgame.rollout.transformers_engine import TransformersEngine
