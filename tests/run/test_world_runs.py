@@ -1,7 +1,6 @@
 """The tiny world end to end: the embedded default meets its target, every variant plays, memory stays flat."""
 
 import json
-import os
 import subprocess
 import sys
 import time
