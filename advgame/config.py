@@ -5,46 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError
 
 from advgame.errors import InputError
-from advgame.rollout.settings import EndpointSettings, RolloutSettings
+from advgame.game.settings import GameSettings, JudgeSettings
+from advgame.learn.settings import LearnSettings
+from advgame.rollout.settings import RolloutSettings, SamplingSettings
+from advgame.run.settings import RunSettings
 from advgame.settings import Section
 from advgame.world.settings import WorldSettings
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class RunSettings(Section):
-    root: Path = Field(Path("runs"), description="Folder that holds run folders.")
-    name: str | None = Field(None, description="Name of this run's folder; null: time and a random suffix.")
-    seed: int = Field(0, ge=0, description="Seeds data order and every sampling stream.")
-    steps: PositiveInt = Field(1000, description="Game steps.")
-    deterministic: bool = Field(True, description="Form engine batches by tree index: runs repeat bit for bit.")
-    ahead: Literal[0, 1] = Field(
-        0, description="1: play the next step's trees while this one learns; samples are then one step stale."
-    )
-    carry_over: float = Field(
-        0.0,
-        ge=0,
-        le=0.5,
-        description="Share of a step's trees that may end late, for the next step to learn from (not deterministic).",
-    )
-    validate_every: int = Field(25, ge=0, description="Steps between validations; 0: at start and end only.")
-    exact_every: int = Field(0, ge=0, description="World only: steps between exact worst-case evaluations; 0: ends.")
-    checkpoint_every: int = Field(50, ge=0, description="Steps between checkpoints (also at the end); 0: end only.")
-    keep_checkpoints: PositiveInt = Field(2, description="How many of the newest checkpoints stay on disk.")
-    tensorboard: bool = Field(True, description="Write TensorBoard event files into the run folder.")
-    wandb: bool = Field(False, description="Log to Weights & Biases (needs the extra `wandb`; sends metrics there).")
-    wandb_project: str = Field("advgame", description="Weights & Biases project.")
-    threads: PositiveInt | None = Field(None, description="torch CPU threads; null: torch's default.")
-    purpose: str = Field(
-        "", description="Why an Attacker is trained; recorded, and required unless the tiny world is played."
-    )
 
 
 class DataSettings(Section):
@@ -61,100 +33,11 @@ class DataSettings(Section):
     )
 
 
-class SamplingSettings(Section):
-    temperature: NonNegativeFloat = Field(0.6, description="Sampling temperature; 0 is greedy.")
-    top_p: float = Field(0.9, gt=0, le=1, description="Nucleus mass.")
-    max_tokens: PositiveInt = Field(2048, description="Longest completion, closing token included.")
-
-
 class PlayerSettings(Section):
     model: Path | None = Field(None, description="Hugging Face model folder; null: the world's warm-started player.")
     lr: PositiveFloat | None = Field(None, description="This player's learning rate; null: learn.lr.")
     frozen: bool = Field(False, description="Never updated (fixed Attacker or fixed Defender).")
     sampling: SamplingSettings = Field(default_factory=SamplingSettings, description="How it samples.")
-
-
-class JudgeSettings(Section):
-    kind: Literal["rule", "llm", "phrases"] = Field(
-        "llm",
-        description="rule: the world's exact judge; llm: a language model; phrases: refusal phrases, smoke tests only.",
-    )
-    model: Path | None = Field(
-        None, description="Model folder of an llm judge; null with a world: its own small judge, taught by the rule."
-    )
-    engine: Literal["transformers", "vllm", "endpoint"] | None = Field(
-        None, description="Who samples an llm judge; null: as rollout.engine, or the endpoint if one is given."
-    )
-    endpoint: EndpointSettings | None = Field(None, description="A server that judges instead of a model folder.")
-    mode: Literal["pairwise", "pointwise"] = Field("pairwise", description="Score answers in pairs, or each alone.")
-    samples: PositiveInt = Field(1, description="Verdicts sampled per question (llm).")
-    swap: bool = Field(False, description="Ask each pair in both orders and average (llm).")
-    style: Literal["reason", "brief", "verdict"] = Field(
-        "reason", description="An llm judge reasons first, in two sentences at the most, or writes its verdict only."
-    )
-    stop_at_verdict: bool | None = Field(
-        None,
-        description="End a completion at its verdict's closing tag, so that its first verdict counts (llm); "
-        "null: unless style is reason, where the last one counts.",
-    )
-    sampling: SamplingSettings = Field(
-        default_factory=lambda: SamplingSettings(max_tokens=8192), description="How an llm judge samples."
-    )
-    noise: NonNegativeFloat = Field(0.0, description="Standard deviation added to each score (rule).")
-    bias: NonNegativeFloat = Field(0.0, description="Strength of position and length bias (rule).")
-
-
-class GameSettings(Section):
-    attacks: PositiveInt = Field(2, description="A: attacks sampled per seed.")
-    responses: PositiveInt = Field(2, description="D: responses sampled per attack.")
-    faithfulness: bool = Field(True, description="Ask whether an attack keeps its seed's intent.")
-    attacker_judge: bool = Field(True, description="Judge attacks; off: every valid attack gets 0.")
-    optimistic: bool = Field(True, description="The best-scored response represents an attack; off: the first valid.")
-    reasoning: bool = Field(True, description="The Attacker reasons in <think> before its prompt.")
-    defender_reasoning: bool = Field(False, description="The Defender reasons in <think> before its answer.")
-    condition_on: Literal["prompt", "seed"] = Field("prompt", description="What the Defender judge reads as the query.")
-    skip_attacker: bool = Field(False, description="Seeds go to the Defender as they are; no Attacker plays.")
-    self_play: bool = Field(False, description="Self-RedTeam: one shared model in both roles, zero-sum rewards.")
-    templates: Path | None = Field(None, description="Folder of templates that replace ours, by file name.")
-
-
-class LearnSettings(Section):
-    objective: Literal["dpo", "ipo", "grpo", "reinforce"] = Field(
-        "dpo", description="dpo and ipo on pairs; grpo on groups; reinforce: REINFORCE++ (Self-RedTeam)."
-    )
-    beta: PositiveFloat = Field(0.1, description="Preference temperature, or weight of the KL penalty.")
-    reference: Literal["auto", "rollout", "recompute", "initial"] = Field(
-        "auto",
-        description="Reference log-probs of pairs: the sampler's, recomputed from the EMA, measured then chosen "
-        "(auto), or the frozen initial model's (initial; needs rollout.source: live).",
-    )
-    reference_tolerance: PositiveFloat = Field(0.02, description="auto keeps rollout up to this relative change.")
-    lr: PositiveFloat = Field(1e-6, description="AdamW learning rate.")
-    lr_final: Fraction = Field(0.2, description="Learning rate at the last step, as a fraction (cosine decay).")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW moment decays.")
-    weight_decay: NonNegativeFloat = Field(0.1, description="AdamW decoupled weight decay.")
-    clip_norm: PositiveFloat = Field(1.0, description="Gradient-norm clip of each update.")
-    ema_decay: Decay = Field(0.95, description="Decay of the players' moving averages.")
-    ema_schedule: Literal["constant", "warmup", "power"] = Field(
-        "constant",
-        description="Decay of average number t: ema_decay; at most (1+t)/(10+t); or (1-1/t)^(ema_gamma+1) (EDM2).",
-    )
-    ema_gamma: PositiveFloat = Field(6.94, description="power: exponent; 6.94 averages over about 10 % of the steps.")
-    accumulate: bool = Field(False, description="One update a step over both categories; off: one each.")
-    micro_tokens: PositiveInt = Field(16384, description="Most tokens of one packed forward (pairs are not split).")
-    schedule: Literal["joint", "sequential"] = Field("joint", description="Both players learn, or by turns.")
-    round_steps: PositiveInt = Field(50, description="Steps of one player's turn (sequential; the Attacker begins).")
-    nll_weight: NonNegativeFloat = Field(0.0, description="Weight of the chosen completion's token-mean NLL.")
-    length_normalised: bool = Field(False, description="Mean instead of summed log-probs in the pair objective.")
-    entropy_weight: NonNegativeFloat = Field(0.0, description="Weight of an entropy bonus.")
-    baseline: Literal["across_seeds", "per_seed"] = Field("across_seeds", description="GRPO: whose mean is subtracted.")
-    aggregate: Literal["group", "token"] = Field(
-        "group", description="GRPO: sum tokens, mean over group, then groups; or one mean over tokens."
-    )
-    importance_weights: bool = Field(False, description="GRPO, on-policy: truncated weights live / sampler.")
-    truncation: PositiveFloat = Field(2.0, description="Cap of those weights.")
-    ppo_clip: PositiveFloat = Field(0.2, description="reinforce: PPO clipping of the ratio.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Compute type; master weights are fp32.")
 
 
 class Config(Section):

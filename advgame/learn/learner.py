@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from advgame_kernels import ema_decay
@@ -16,7 +19,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from advgame.config import LearnSettings
 from advgame.errors import InputError
 from advgame.game.pairs import Group, Member, Pair
 from advgame.game.tree import Sample
@@ -36,10 +38,13 @@ from advgame.learn.objective import (
 )
 from advgame.learn.packing import PackedBatch, micro_batches, pack
 from advgame.learn.reference import ReferenceChoice, snapshot, weights_of
+from advgame.learn.settings import LearnSettings
 from advgame.publish.capture import PublishPass
 from advgame.rollout.chat import first_line
 
 Metrics = dict[str, float]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -51,13 +56,25 @@ class SamplerGap:
     tokens: float
 
 
+def _alone(method: Callable[Concatenate[Learner, P], R]) -> Callable[Concatenate[Learner, P], R]:
+    """Holds the learner's lock: inside, live weights change, or the model computes with others in their place."""
+
+    @functools.wraps(method)
+    def locked(self: Learner, /, *arguments: P.args, **named: P.kwargs) -> R:
+        with self._changing:
+            return method(self, *arguments, **named)
+
+    return locked
+
+
 class Learner:
     """One player in training.
 
     model: live player, fp32, packed attention. shadow: fp32 EMA by parameter name, empty when the live player
     samples. initial: the weights before training, kept only where an objective refers to them. previous: the average
     before the last publish, kept only where play runs one step ahead and pairs recompute their reference from it.
-    updates: optimiser steps made; averages: steps of the shadow.
+    updates: optimiser steps made; averages: steps of the shadow. Updates may run in a thread; whoever serves the live
+    player meanwhile waits for the end of one.
     """
 
     def __init__(
@@ -84,8 +101,8 @@ class Learner:
         self.shadow: dict[str, Tensor] = snapshot(self.model) if ema else {}
         refers = settings.objective in ("grpo", "reinforce") or settings.reference == "initial"
         self.initial: dict[str, Tensor] = snapshot(self.model) if refers else {}
-        recomputes = settings.objective in ("dpo", "ipo") and settings.reference in ("auto", "recompute")
-        self.previous: dict[str, Tensor] = snapshot(self.model) if ema and ahead and recomputes else {}
+        self.recomputes = settings.objective in ("dpo", "ipo") and settings.reference in ("auto", "recompute")
+        self.previous: dict[str, Tensor] = snapshot(self.model) if ema and ahead and self.recomputes else {}
         self.base_lr = lr or settings.lr
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
@@ -98,6 +115,8 @@ class Learner:
         self.updates = 0
         self.averages = 0
         self._publish = PublishPass()
+        self._ahead = ahead
+        self._changing = threading.Lock()
 
     def _head_checked(self, field: str) -> None:
         config = self.model.config.get_text_config()
@@ -121,6 +140,7 @@ class Learner:
         floor = self.settings.lr_final
         return self.base_lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
+    @_alone
     def update_pairs(self, pairs: Sequence[Pair], progress: float) -> Metrics:
         """One optimiser step on `pairs`: gradient = sum over pairs / number of pairs. No pair: no step."""
         if not pairs:
@@ -165,6 +185,7 @@ class Learner:
         logps = self._reference_logps(batch, self.initial if initial else self.previous or self.shadow)
         return sequence_sums(logps, batch), not initial
 
+    @_alone
     def sampler_gap(self, samples: Sequence[Sample]) -> SamplerGap:
         """How far the sampler's log-probs are from these weights' own, on as many samples as one forward takes.
 
@@ -176,6 +197,7 @@ class Learner:
         gap = sequence_sums(batch.sampler_logps - self._reference_logps(batch, weights), batch).abs()
         return SamplerGap(float(gap.mean()), float(gap.max()), float(sequence_lengths(batch).float().mean()))
 
+    @_alone
     def update_groups(self, groups: Sequence[Group], progress: float) -> Metrics:
         """One optimiser step of GRPO or REINFORCE++ on `groups`. No member that learns: no step."""
         # REINFORCE++ normalises over all tokens of the batch, so all tokens weigh the same
@@ -237,7 +259,7 @@ class Learner:
     @torch.no_grad()
     def publish_into(self, served: Mapping[str, Tensor]) -> None:
         """Moves the EMA one step and writes it into an engine's tensors in the same pass (live player: a copy)."""
-        if self.reference.decided == "rollout":
+        if self.reference.decided == "rollout" or not self._ahead:
             self.previous = {}
         if self.previous:
             torch._foreach_copy_(list(self.previous.values()), [self.shadow[name] for name in self.previous])
@@ -255,8 +277,9 @@ class Learner:
     @torch.no_grad()
     def serve_into(self, served: Mapping[str, Tensor]) -> None:
         """Writes the weights that sample, as they are, into an engine's tensors (a resumed run's first publish)."""
-        source = self.shadow or {name: p.data for name, p in self.parameters.items()}
-        torch._foreach_copy_([served[name] for name in self.parameters], [source[name] for name in self.parameters])
+        with nullcontext() if self.shadow else self._changing:  # an engine may be restarted while this player learns
+            source = self.shadow or {name: p.data for name, p in self.parameters.items()}
+            torch._foreach_copy_([served[name] for name in self.parameters], [source[name] for name in self.parameters])
 
 
 def load_model(

@@ -10,9 +10,9 @@ from advgame_kernels import LogProbs, PreferenceOutput, linear_logprobs, linear_
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from advgame.config import LearnSettings
 from advgame.game.pairs import Group, Member
 from advgame.learn.packing import PackedBatch
+from advgame.learn.settings import LearnSettings
 
 PREFERENCE_KINDS = {"dpo": "sigmoid", "ipo": "ipo"}
 

@@ -80,6 +80,8 @@ class Meeting:
                     except TimeoutError:
                         continue
                     self._connections.append(connection)
+                    if self._over.is_set():  # `close` may have looked through the connections already
+                        break
                     connection.settimeout(self._seconds)
                     line = _Line(stack.enter_context(connection))
                     if line.read().get("token") != self._token:

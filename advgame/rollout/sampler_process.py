@@ -58,6 +58,7 @@ class SamplerProcess:
         self._process: Any = None
         self._pipe: Connection | None = None
         self._one = threading.Lock()
+        self._users = 0
 
     def add(self, sampler: BatchSampler) -> Complete:
         """Moves the parameters of `sampler` into shared memory; returns its `sample`, computed in the child."""
@@ -65,12 +66,19 @@ class SamplerProcess:
             raise RuntimeError("the process has started; add every sampler before")
         index = len(self._samplers)
         self._samplers.append(share(sampler))
+        self._users += 1
         return lambda requests, on_first: self._ask(index, requests, on_first)
 
     def start(self) -> None:
         """Returns when the child is there (seconds: it imports torch and transformers); nothing if it is."""
         with self._one:
             self._started()
+
+    def leave(self) -> None:
+        """One engine less; the last one ends the child, which others may be waiting for until then."""
+        self._users -= 1
+        if self._users <= 0:
+            self.close()
 
     def close(self) -> None:
         """Ends the child."""
@@ -94,7 +102,12 @@ class SamplerProcess:
         self._process = spawn.Process(
             target=_serve, args=(theirs, self._samplers, torch.get_num_threads()), daemon=True, name="advgame-sampler"
         )
-        self._process.start()
+        # a Ctrl-C at the terminal reaches the child too, and before it could say that it ignores it
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         try:
             ours.recv()

@@ -1,4 +1,5 @@
-"""The settings of sampling, validated where the config tree includes them as `rollout:` and `judge.endpoint:`."""
+"""The settings of sampling, validated where the config tree includes them:
+`rollout:`, `judge.endpoint:` and every `sampling:`."""
 
 from __future__ import annotations
 
@@ -9,6 +10,12 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from advgame.settings import Section
 
 Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class SamplingSettings(Section):
+    temperature: NonNegativeFloat = Field(0.6, description="Sampling temperature; 0 is greedy.")
+    top_p: float = Field(0.9, gt=0, le=1, description="Nucleus mass.")
+    max_tokens: PositiveInt = Field(2048, description="Longest completion, closing token included.")
 
 
 class VllmSettings(Section):

@@ -99,7 +99,8 @@ class TransformersEngine:
         if self._worker is not None:
             await self._worker
         if self._elsewhere is not None:
-            self._elsewhere.close()
+            self._elsewhere.leave()
+            self._elsewhere = None
 
     async def _drain(self) -> None:
         while self._waiting:

@@ -12,14 +12,17 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 
 from advgame.config import Config, dump_config, load_config
 from advgame.errors import InputError
+from advgame.learn.learner import Learner
 from advgame.malloc import keep_freed_memory
+from advgame.rollout.engine import EngineError
 from advgame.run import names
 from advgame.run.checkpoint import load_into
 from advgame.run.checkpoint_files import latest_checkpoint
-from advgame.run.folder import RunFolder
+from advgame.run.folder import RunFolder, write_text_atomically
 from advgame.run.live import LiveView, Stage
 from advgame.run.loop import Progress, state_of, train
 from advgame.run.recorder import Recorder
@@ -62,7 +65,7 @@ def start(config: Config, *, quiet: bool = False) -> Path:
     with RunFolder.create(config.run.root, config.run.name, dump_config(config), purpose=purpose) as folder:
         try:
             _play(config, folder, None, quiet=quiet, plan=plan)
-        except (KeyboardInterrupt, InputError):
+        except (KeyboardInterrupt, InputError, EngineError):
             if not any(folder.trees.iterdir()):
                 shutil.rmtree(folder.path)  # nothing was played: nothing to resume
             raise
@@ -79,8 +82,6 @@ def resume(path: Path, overrides: list[str], *, quiet: bool = False) -> Path:
         found = latest_checkpoint(folder.checkpoints)
         if found.path is None:
             raise InputError(f"{path}: no intact checkpoint to resume from; start the run anew")
-        if overrides:
-            folder.config.write_text(dump_config(config), encoding="utf-8")
         _play(config, folder, found.path, quiet=quiet, plan=plan)
         return folder.path
 
@@ -98,6 +99,9 @@ def _play(config: Config, folder: RunFolder, checkpoint: Path | None, *, quiet: 
     progress_of_run = Progress()
     if checkpoint is not None:
         progress_of_run = _restore(session, checkpoint)
+        # settings that do not fit the checkpoint have been refused by now, and leave the run as it was
+        if load_config(folder.config) != config:
+            write_text_atomically(folder.config, dump_config(config))
     asyncio.run(_run(session, folder, progress_of_run, resumed=checkpoint is not None, quiet=quiet))
 
 
@@ -108,11 +112,23 @@ def _restore(session: Session, checkpoint: Path) -> Progress:
         learner.updates = loaded.updates[name]
         learner.averages = loaded.extra.get("averages", {}).get(name, loaded.step)  # one a step
         learner.reference.restore(loaded.extra["reference"][name])
+        if learner.recomputes:
+            _refer_to_what_sampled(learner, checkpoint / f"previous-{name}.safetensors", bool(loaded.trees))
         for group in learner.optimizer.param_groups:
             group["betas"], group["weight_decay"] = learner.settings.betas, learner.settings.weight_decay
     progress = Progress(loaded.step, loaded.extra, loaded.trees)
     session.counters.update(progress.counters)
     return progress
+
+
+def _refer_to_what_sampled(learner: Learner, file: Path, played_ahead: bool) -> None:
+    """The average before the last one sampled what was played ahead, and only that: `run.ahead` may have changed, or
+    the run may have been at its end."""
+    if played_ahead and not learner.previous and file.is_file():
+        learner.previous = {name: tensor.to(learner.shadow[name]) for name, tensor in load_file(file).items()}
+    elif not played_ahead:
+        for name, tensor in learner.previous.items():
+            tensor.copy_(learner.shadow[name])
 
 
 async def _run(session: Session, folder: RunFolder, progress: Progress, *, resumed: bool, quiet: bool) -> None:

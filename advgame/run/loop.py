@@ -103,12 +103,13 @@ async def train(
             if play_next:
                 plays.begin(step + 1)
             with clock.stage("learn"):
-                gaps = await aside(learner, measure_gaps, session, trees, step)
+                gaps = await aside(learner, measure_gaps, session, trees, step) if not run.ahead else {}
                 learned = await aside(learner, learn, session, scored, step)
-                learned |= gap_metrics(session, trees, step, gaps, learned, view.note)
             await aside(learner, recorder.trees, step, trees, rewards)
             if play_next:
                 await plays.ready(step + 1)  # before the weights change
+                gaps = await aside(learner, measure_gaps, session, plays.kept, step)
+            learned |= gap_metrics(session, trees, step, gaps, learned, view.note)
             with clock.stage("publish"):
                 await publish(session, step + 1)
             game_seconds = time.perf_counter() - started
@@ -127,7 +128,8 @@ async def train(
             if run.checkpoint_every and progress.step % run.checkpoint_every == 0:
                 save(session, folder, progress, plays)
 
-        if not run.checkpoint_every or progress.step % run.checkpoint_every:
+        # after step 0 too: who stops in the first evaluation can resume
+        if not run.checkpoint_every or not progress.step or progress.step % run.checkpoint_every:
             save(session, folder, progress, plays)
     finally:
         await plays.close()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from advgame.config import Config, PlayerSettings, SamplingSettings, world_judges
+from advgame.config import Config, PlayerSettings, world_judges
 from advgame.errors import InputError
 from advgame.game.judge import Judge
 from advgame.game.llm_judge import LLMJudge
@@ -28,6 +28,7 @@ from advgame.rollout.endpoint_engine import EndpointSpeaker
 from advgame.rollout.engine import Engine, Sampling
 from advgame.rollout.meter import Meter
 from advgame.rollout.sampler_process import SamplerProcess
+from advgame.rollout.settings import SamplingSettings
 from advgame.rollout.speaker import Asks, Speaker
 from advgame.run import names
 from advgame.run.engines import check_engines, judge_engine, notes_of, open_endpoint_speaker, open_engine

@@ -17,9 +17,16 @@ engine that missed one publish at a learning rate that does anything is off by n
 
 
 def measure_gaps(session: Session, trees: Sequence[Tree], step: int) -> dict[str, SamplerGap]:
-    """By player, every `verify_every` steps and before anything learns; none where the update measures it anyway."""
+    """By player, every `verify_every` steps and before the weights that sampled change; none where the update measures
+    it anyway.
+
+    trees: sampled from the weights of this step, or they do not count. With `run.ahead` these are the next step's,
+    there when this step has learned; a live player has changed by then, and nothing can be measured.
+    """
     found = {}
     for side in session.sides:
+        if session.config.run.ahead and side.learner is not None and not side.learner.shadow:
+            continue
         if due(session, side, step) and not measured_by_update(side) and (samples := samples_of(side, trees, step)):
             assert side.learner is not None
             found[side.name] = side.learner.sampler_gap(samples)
@@ -43,7 +50,7 @@ def gap_metrics(
         gap = gaps.get(side.name)
         recomputed = learned.get(f"learn/{side.name}/reference_gap")
         if gap is None and recomputed is not None and due(session, side, step):
-            samples = samples_of(side, trees, step)
+            samples = samples_of(side, trees)  # of whichever version: the update refers to the one that sampled
             tokens = sum(len(s.token_ids) for s in samples) / max(1, len(samples))
             gap = SamplerGap(recomputed, learned[f"learn/{side.name}/reference_gap_max"], tokens)
         if gap is None:
@@ -71,15 +78,15 @@ def measured_by_update(side: Side) -> bool:
     return pairs and learner.reference.decided in (None, "recompute")
 
 
-def samples_of(side: Side, trees: Sequence[Tree], step: int) -> list[Sample]:
-    """What this player sampled in this step with the weights of this step."""
+def samples_of(side: Side, trees: Sequence[Tree], version: int | None = None) -> list[Sample]:
+    """What this player sampled, with the weights of `version` or (None) any."""
     made: list[Sample | None] = []
     for tree in trees:
         if Role.ATTACKER in side.roles:
             made += [attack.sample for attack in tree.attacks]
         if Role.DEFENDER in side.roles:
             made += [response.sample for attack in tree.attacks for response in attack.responses]
-    return [s for s in made if s is not None and s.token_ids and s.version == step]
+    return [s for s in made if s is not None and s.token_ids and version in (None, s.version)]
 
 
 def limit(session: Session, tokens: float) -> float:

@@ -7,11 +7,11 @@ import models
 import pytest
 import torch
 
-from advgame.config import LearnSettings
 from advgame.game.pairs import Group, Member, Pair
 from advgame.game.tree import Sample
 from advgame.learn.learner import Learner
 from advgame.learn.objective import coefficient_change, member_weights
+from advgame.learn.settings import LearnSettings
 
 PROMPT = (3, 9, 10, 11, 4)
 

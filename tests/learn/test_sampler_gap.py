@@ -1,13 +1,18 @@
 """The sampler's log-probs against the average's own, and the time to the first token of new weights."""
 
 import asyncio
+import threading
 import time
 from dataclasses import replace
 
 import models
 import pytest
+import torch
 from test_learner import learner, sampled
 
+from advgame.game.pairs import Group, Member
+from advgame.learn.learner import Learner
+from advgame.learn.settings import LearnSettings
 from advgame.rollout.engine import Request, Sampling
 from advgame.rollout.first_token import FirstToken
 from advgame.rollout.transformers_engine import TransformersEngine
@@ -29,6 +34,34 @@ def test_the_gap_is_that_of_the_averages_log_probs(folder):
     for parameter in made.parameters.values():
         parameter.data += 0.1
     assert made.sampler_gap(honest).largest < 1e-4
+
+
+def test_a_live_player_is_not_served_in_the_middle_of_an_update(folder):
+    """An engine that is restarted while its player learns in a thread gets one set of weights, not the reference's."""
+    settings = LearnSettings(objective="grpo", lr=1e-3)
+    made = Learner(folder, models.tokenizer(), settings, field="defender.model", ema=False, ahead=True)
+    for tensor in made.initial.values():
+        tensor += 1.0
+    inside, go_on = threading.Event(), threading.Event()
+    hidden = made._hidden
+
+    def held(batch):
+        inside.set()
+        go_on.wait(10)
+        return hidden(batch)
+
+    made._hidden = held
+    sample = sampled([12, 13, 2])
+    groups = [Group((Member(sample, 1.0, 1.0, 1.0), Member(sample, -1.0, -1.0, 1.0)))]
+    thread = threading.Thread(target=made.update_groups, args=(groups, 0.0))
+    thread.start()
+    assert inside.wait(10)
+    threading.Timer(0.2, go_on.set).start()
+    served = {name: torch.zeros_like(p) for name, p in made.parameters.items()}
+    made.serve_into(served)
+    thread.join()
+    assert made.updates == 1
+    assert all(torch.equal(served[name], p.detach()) for name, p in made.parameters.items())
 
 
 def test_one_micro_batch_is_enough(folder):

@@ -86,3 +86,23 @@ def test_errors_come_back_and_the_child_goes_on(process):
     asyncio.run(made.close())
     assert child.exitcode == 0
     assert process._process is None
+
+
+def test_an_engine_that_closes_does_not_end_the_batch_of_another(process):
+    one, other = (engine(models.model(seed=s), process, deterministic=False) for s in (1, 2))
+    expected = play(engine(models.model(seed=2)), count=48)
+
+    async def closing():
+        asked = [asyncio.ensure_future(other.generate(request(n))) for n in range(48)]
+        await asyncio.sleep(0.01)  # its batch is on its way
+        await one.close()
+        made = await asyncio.gather(*asked)
+        child = process._process
+        await other.close()
+        return made, child
+
+    play(one)
+    made, child = asyncio.run(closing())
+    assert made == expected
+    assert child.exitcode == 0
+    assert process._process is None

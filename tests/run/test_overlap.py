@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import time
 
 import models
 import pytest
@@ -13,7 +14,7 @@ from advgame import cli
 from advgame.config import Config
 from advgame.rollout.meter import Meter
 from advgame.rollout.transformers_engine import TransformersEngine
-from advgame.run import names
+from advgame.run import loop, names, verify
 from advgame.run.effort import Clock, Totals, step_effort
 from advgame.run.recorder import read_trees, tree_files
 
@@ -121,6 +122,60 @@ def test_a_stop_of_ahead_and_its_end_without(words, tmp_path):
     assert cli.main(["resume", str(run), "--quiet", "--run.ahead", "0"]) == 0
     assert [row["play/staleness"] for row in metrics(run)[:6]] == [0, 1, 1, 1, 1, 0]
     assert sorted(places(run)) == [(step, i) for step in range(6) for i in range(8)]
+
+
+def reference_gaps(run):
+    return [row["learn/defender/reference_gap"] for row in metrics(run) if "learn/defender/reference_gap" in row]
+
+
+@pytest.mark.slow
+def test_pairs_refer_to_what_sampled_them_after_any_resume(words, tmp_path):
+    """A run's end played nothing ahead, whatever its settings; a checkpoint's trees were, whatever the new ones."""
+    ahead = [*words, "--run.ahead", "1", "--learn.reference", "recompute", "--learn.lr", "1e-2"]
+    train(ahead, "--run.name", "more", "--run.steps", "4")
+    assert cli.main(["resume", str(tmp_path / "more"), "--quiet", "--run.steps", "8"]) == 0
+    train(ahead, "--run.name", "less")
+    shutil.rmtree(tmp_path / "less" / "checkpoints" / "step-000006")
+    assert cli.main(["resume", str(tmp_path / "less"), "--quiet", "--run.ahead", "0"]) == 0
+    for name in ("more", "less"):
+        assert len(reference_gaps(tmp_path / name)) >= 4
+        assert max(reference_gaps(tmp_path / name)) < 1e-3
+
+
+def test_a_tree_that_fails_while_another_step_learns_ends_the_run(words, monkeypatch):
+    """Nobody waits for the next step's trees then; its failure must not be waited for either."""
+    generate, learn = TransformersEngine.generate, loop.learn
+
+    async def broken(self, request):
+        if request.key[0] == 1:
+            raise KeyError("a bug")
+        return await generate(self, request)
+
+    def slow(*arguments):
+        time.sleep(0.5)
+        return learn(*arguments)
+
+    monkeypatch.setattr(TransformersEngine, "generate", broken)
+    monkeypatch.setattr(loop, "learn", slow)
+    with pytest.raises(BaseExceptionGroup) as failed:
+        cli.main([*words, "--run.ahead", "1"])
+    assert failed.group_contains(KeyError)
+
+
+@pytest.mark.parametrize("reference", ["rollout", "recompute"])
+def test_samplers_are_verified_ahead_too(words, tmp_path, monkeypatch, reference):
+    """The embedded engine in vLLM's place: what is measured, on which trees, and with which length in the limit."""
+    monkeypatch.setattr(verify, "VllmEngine", TransformersEngine)
+    monkeypatch.setattr(verify, "limit", lambda session, tokens: lengths.append(tokens) or 0.02)
+    lengths = []
+    every = ["--rollout.vllm.verify_every", "1", "--learn.reference", reference]
+    train(words, *every, "--run.name", "a", "--run.ahead", "1", "--run.steps", "4")
+    rows = metrics(tmp_path / "a")
+    gaps = [row["sampler_gap_defender"] for row in rows if "sampler_gap_defender" in row]
+    assert len(gaps) >= 3
+    assert max(gaps) < 1e-3
+    assert len(lengths) == len(gaps)
+    assert min(lengths) > 1
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Whole runs with real (random, tiny) Hugging Face folders: families, judges, resume, repeatability, interruption."""
 
+import asyncio
 import gzip
 import json
 import os
@@ -14,7 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from advgame import cli
-from advgame.run import names
+from advgame.rollout.engine import EngineDied
+from advgame.rollout.transformers_engine import TransformersEngine
+from advgame.run import loop, names
 
 
 def seed_file(path, rows=6):
@@ -133,6 +136,45 @@ def test_ctrl_c_saves_and_leaves_cleanly(words, tmp_path):
     assert cli.main(["resume", str(run), "--quiet", "--run.steps", str(done + 2)]) == 0
     assert (run / "summary.json").exists()
     assert [row["step"] for row in metrics(run)] == list(range(done + 3))
+
+
+def test_ctrl_c_in_the_first_evaluation(words, tmp_path, monkeypatch):
+    """Before the first step there is something to resume, too."""
+    measure = loop.measure
+
+    async def interrupted(session, step):
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(loop, "measure", interrupted)
+    train(words, "--run.name", "a", "--run.steps", "2")
+    run = tmp_path / "a"
+    assert "continue with" in (run / "log.txt").read_text()
+    monkeypatch.setattr(loop, "measure", measure)
+    assert cli.main(["resume", str(run), "--quiet"]) == 0
+    train(words, "--run.name", "b", "--run.steps", "2")
+    assert metrics(run) == metrics(tmp_path / "b")
+
+
+def test_settings_that_do_not_fit_leave_the_run_as_it_was(words, tmp_path, capsys):
+    train(words, "--run.name", "a", "--run.steps", "2")
+    run = tmp_path / "a"
+    before = (run / "config.yaml").read_text()
+    live = ["--rollout.source", "live", "--learn.reference", "initial"]
+    assert cli.main(["resume", str(run), "--quiet", *live]) == 2
+    assert "EMA" in capsys.readouterr().err
+    assert (run / "config.yaml").read_text() == before
+    assert cli.main(["resume", str(run), "--quiet", "--run.steps", "3"]) == 0
+    assert "steps: 3" in (run / "config.yaml").read_text()
+
+
+def test_a_run_whose_engine_does_not_start_leaves_no_folder(words, tmp_path, monkeypatch):
+    async def dies(self):
+        raise EngineDied("no engine")
+
+    monkeypatch.setattr(TransformersEngine, "start", dies)
+    assert cli.main([*words, "--run.name", "a"]) == 1
+    assert not (tmp_path / "a").exists()
 
 
 def test_ctrl_c_in_the_final_evaluation(words, tmp_path):

@@ -1,0 +1,51 @@
+"""The settings of learning, which the config tree includes as `learn:`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from advgame.settings import Section
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class LearnSettings(Section):
+    objective: Literal["dpo", "ipo", "grpo", "reinforce"] = Field(
+        "dpo", description="dpo and ipo on pairs; grpo on groups; reinforce: REINFORCE++ (Self-RedTeam)."
+    )
+    beta: PositiveFloat = Field(0.1, description="Preference temperature, or weight of the KL penalty.")
+    reference: Literal["auto", "rollout", "recompute", "initial"] = Field(
+        "auto",
+        description="Reference log-probs of pairs: the sampler's, recomputed from the EMA, measured then chosen "
+        "(auto), or the frozen initial model's (initial; needs rollout.source: live).",
+    )
+    reference_tolerance: PositiveFloat = Field(0.02, description="auto keeps rollout up to this relative change.")
+    lr: PositiveFloat = Field(1e-6, description="AdamW learning rate.")
+    lr_final: Fraction = Field(0.2, description="Learning rate at the last step, as a fraction (cosine decay).")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW moment decays.")
+    weight_decay: NonNegativeFloat = Field(0.1, description="AdamW decoupled weight decay.")
+    clip_norm: PositiveFloat = Field(1.0, description="Gradient-norm clip of each update.")
+    ema_decay: Decay = Field(0.95, description="Decay of the players' moving averages.")
+    ema_schedule: Literal["constant", "warmup", "power"] = Field(
+        "constant",
+        description="Decay of average number t: ema_decay; at most (1+t)/(10+t); or (1-1/t)^(ema_gamma+1) (EDM2).",
+    )
+    ema_gamma: PositiveFloat = Field(6.94, description="power: exponent; 6.94 averages over about 10 % of the steps.")
+    accumulate: bool = Field(False, description="One update a step over both categories; off: one each.")
+    micro_tokens: PositiveInt = Field(16384, description="Most tokens of one packed forward (pairs are not split).")
+    schedule: Literal["joint", "sequential"] = Field("joint", description="Both players learn, or by turns.")
+    round_steps: PositiveInt = Field(50, description="Steps of one player's turn (sequential; the Attacker begins).")
+    nll_weight: NonNegativeFloat = Field(0.0, description="Weight of the chosen completion's token-mean NLL.")
+    length_normalised: bool = Field(False, description="Mean instead of summed log-probs in the pair objective.")
+    entropy_weight: NonNegativeFloat = Field(0.0, description="Weight of an entropy bonus.")
+    baseline: Literal["across_seeds", "per_seed"] = Field("across_seeds", description="GRPO: whose mean is subtracted.")
+    aggregate: Literal["group", "token"] = Field(
+        "group", description="GRPO: sum tokens, mean over group, then groups; or one mean over tokens."
+    )
+    importance_weights: bool = Field(False, description="GRPO, on-policy: truncated weights live / sampler.")
+    truncation: PositiveFloat = Field(2.0, description="Cap of those weights.")
+    ppo_clip: PositiveFloat = Field(0.2, description="reinforce: PPO clipping of the ratio.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Compute type; master weights are fp32.")
