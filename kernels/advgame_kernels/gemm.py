@@ -2,13 +2,16 @@
 
 On CUDA all three are single cuBLAS calls with half-precision operands and float32 accumulation. cuBLAS writes
 float32 from bfloat16 operands, which torch exposes as `mm.dtype_out` and `addmm.dtype_out`. The CPU backend has
-neither, so there mixed precision goes through float32 copies of a block of the vocabulary at a time.
+neither: there MKL is asked directly where it can serve (gemm_mkl.py), and otherwise mixed precision goes through
+float32 copies of a block of the vocabulary at a time.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from advgame_kernels import gemm_mkl
 
 CPU_BLOCK = 4096  # vocabulary rows converted to float32 at once
 
@@ -39,6 +42,8 @@ def logits_into(
         return
     if hidden.is_cuda:
         torch.ops.aten.mm.dtype_out(hidden, weight.t(), out.dtype, out=out)
+    elif gemm_mkl.serves(out, hidden, weight.t()):
+        gemm_mkl.product_into(out, hidden, weight.t())
     else:
         wide = hidden.to(out.dtype)
         for start in range(0, weight.shape[0], CPU_BLOCK):
@@ -75,6 +80,9 @@ def add_weight_grad_(
             torch.ops.aten.mm.dtype_out(dlogits.t(), hidden, total.dtype, out=total)
         else:
             _accumulate_(total, dlogits, hidden)
+        return
+    if gemm_mkl.serves(total, dlogits.t(), hidden):
+        gemm_mkl.product_into(total, dlogits.t(), hidden, add=not fresh)
         return
     if fresh:
         total.zero_()
