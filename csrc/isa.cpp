@@ -5,6 +5,10 @@
 #include <cstring>
 #include <initializer_list>
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 namespace generic {
 #include "kernels.inl"
 static const Kernels table{"generic", row_stats, row_grads, ema};
@@ -28,13 +32,22 @@ namespace avx512 {
 static const Kernels table{"avx512", row_stats, row_grads, ema};
 }  // namespace avx512
 #pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prefer-vector-width=512")
+namespace avx512_bf16 {
+#include "kernels.inl"
+static const Kernels table{"avx512_bf16", row_stats, row_grads, ema};
+}  // namespace avx512_bf16
+#pragma GCC pop_options
 #endif
 
 static bool runs(const char* name) {
 #ifdef ADVGAME_X86
     __builtin_cpu_init();
     if (!std::strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (!std::strcmp(name, "avx512"))
+    if (!std::strcmp(name, "avx512_bf16") && !__builtin_cpu_supports("avx512bf16")) return false;
+    if (!std::strncmp(name, "avx512", 6))
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
@@ -44,6 +57,7 @@ static bool runs(const char* name) {
 const Kernels* find_kernels(const char* name) {
     if (!runs(name)) return nullptr;
 #ifdef ADVGAME_X86
+    if (!std::strcmp(name, "avx512_bf16")) return &avx512_bf16::table;
     if (!std::strcmp(name, "avx512")) return &avx512::table;
     if (!std::strcmp(name, "avx2")) return &avx2::table;
 #endif
@@ -51,7 +65,7 @@ const Kernels* find_kernels(const char* name) {
 }
 
 const Kernels* best_kernels() {
-    for (const char* name : {"avx512", "avx2", "generic"})
+    for (const char* name : {"avx512_bf16", "avx512", "avx2", "generic"})
         if (const Kernels* found = find_kernels(name)) return found;
     return &generic::table;
 }

@@ -8,6 +8,7 @@ typedef float F __attribute__((vector_size(64)));
 typedef int32_t I __attribute__((vector_size(64)));
 typedef uint32_t U __attribute__((vector_size(64)));
 typedef uint16_t H __attribute__((vector_size(32)));
+typedef double D __attribute__((vector_size(64)));
 constexpr int kLanes = 16;
 
 static inline F splat(float x) { return F{} + x; }
@@ -26,14 +27,39 @@ static inline F load(const uint16_t* p) {
 
 static inline void store(float* p, F x) { __builtin_memcpy(p, &x, sizeof x); }
 
-static inline void store(uint16_t* p, F x) {
+static inline H narrow(F x) {
     const U bits = (U)x;
     // Round to nearest even by adding half an ulp, less one when the kept part is even; a NaN stays a NaN.
     const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const U quiet = (bits >> 16) | 0x40u;
     const U kept = (U)(x == x);
-    const H out = __builtin_convertvector((rounded & kept) | (quiet & ~kept), H);
+    return __builtin_convertvector((rounded & kept) | (quiet & ~kept), H);
+}
+
+static inline void store(uint16_t* p, F x) {
+    const H out = narrow(x);
     __builtin_memcpy(p, &out, sizeof out);
+}
+
+// The same for gradients, where the processor's own instruction may take subnormal numbers for zero.
+static inline void store_grads(float* p, F x) { store(p, x); }
+
+static inline void store_grads(uint16_t* p, F x) {
+#ifdef __AVX512BF16__
+    const H out = (H)_mm512_cvtneps_pbh((__m512)x);
+    __builtin_memcpy(p, &out, sizeof out);
+#else
+    store(p, x);
+#endif
+}
+
+// Past the caches, for what nobody reads soon: a line need not be fetched in order to be overwritten. `p` at 32 bytes.
+static inline void stream(uint16_t* p, F x) {
+#ifdef __AVX2__
+    _mm256_stream_si256((__m256i*)p, (__m256i)narrow(x));
+#else
+    store(p, x);
+#endif
 }
 
 static inline float widen(float x) { return x; }
@@ -67,137 +93,268 @@ static inline void store_some(T* p, F x, int n) {
 
 static inline F largest(F a, F b) { return a > b ? a : b; }
 
-static inline float sum(F x) {
-    double total = 0;
-    for (int i = 0; i < kLanes; ++i) total += x[i];
-    return (float)total;
+// Neighbours added up in float64.
+static inline D wide_sums(F x) {
+    typedef float Half __attribute__((vector_size(32)));
+    Half halves[2];
+    __builtin_memcpy(halves, &x, sizeof x);
+    return __builtin_convertvector(halves[0], D) + __builtin_convertvector(halves[1], D);
 }
 
-// exp(x) for x <= 88 to about 1 ulp: 2^n · p(r) with |r| <= ln2/2; exactly 0 below the smallest normal number.
-static inline F exp_(F x) {
-    const F magic = splat(12582912.0f);  // 1.5 · 2^23: adding it leaves the rounded integer in the low mantissa bits
-    const F safe = x > splat(-87.3f) ? x : splat(-87.3f);
-    const F n = (safe * 1.44269504f + magic) - magic;
-    F r = safe - n * 0.693145752f;
-    r = r - n * 1.42860677e-6f;
-    F p = splat(1.98412698e-4f);
-    p = p * r + 1.38888889e-3f;
-    p = p * r + 8.33333333e-3f;
-    p = p * r + 4.16666667e-2f;
-    p = p * r + 1.66666667e-1f;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    const I scale = (__builtin_convertvector(n, I) + 127) << 23;
-    const F out = p * (F)scale;
-    const F kept = x >= splat(-87.3f) ? out : splat(0.0f);
-    return x == x ? kept : x;
+static inline double sum(D x) {
+    double total = 0;
+    for (int i = 0; i < 8; ++i) total += x[i];
+    return total;
 }
+
+static inline float peak_of(F x) {
+    float top = x[0];
+    for (int i = 1; i < kLanes; ++i) top = x[i] > top ? x[i] : top;
+    return top;
+}
+
+// 2^(x·s) for x·s in [−126, 127]: x·s = n + r with |r| <= 1/2, 2^r from a polynomial (relative error 1e-7, exactly 1 at 0), n
+// added to the exponent. Adding 1.5 · 2^23 leaves the rounded integer in the low bits of the mantissa.
+static inline F exp2_(F x, F s) {
+    const F magic = splat(12582912.0f);
+    const F shifted = x * s + magic;
+    const F r = x * s - (shifted - magic);
+    F p = splat(1.32695155e-3f);
+    p = p * r + 9.67129041e-3f;
+    p = p * r + 5.55071086e-2f;
+    p = p * r + 2.40222469e-1f;
+    p = p * r + 6.93147004e-1f;
+    p = p * r + 1.0f;
+    return (F)((U)p + ((U)shifted << 23));
+}
+
+constexpr double kLog2E = 1.4426950408889634;
+// Exponents end at −100: what is smaller counts as 2^−100 in sums, where nothing of it is left beside a mass of 1, and as 0 in
+// gradients. That is far enough above the smallest float for no product to become subnormal, which costs a hundred cycles.
+constexpr float kLowest = -100.0f;
 
 // tanh(x) through exp(-2|x|), which never overflows.
 static inline F tanh_(F x) {
     const F a = x < splat(0.0f) ? -x : x;
-    const F e = exp_(a * -2.0f);
+    const F e = exp2_(largest(splat(kLowest), a * (float)(-2.0 * kLog2E)), splat(1.0f));
     const F t = (1.0f - e) / (1.0f + e);
     return x < splat(0.0f) ? -t : t;
 }
 
-static inline F transform(F z, float inv_temperature, float softcap) {
-    if (softcap > 0.0f) z = tanh_(z * (1.0f / softcap)) * softcap;
-    return z * inv_temperature;
+template <bool capped>
+static inline F cap(F z, float softcap) {
+    return capped ? tanh_(z * (1.0f / softcap)) * softcap : z;
 }
 
-// Blocks of a tile: short enough for the first-level cache and for float sums, long enough to hide the merge.
-constexpr int kTile = 32;
+// The sums go two blocks at a time; a pair of bfloat16 blocks comes as even and odd elements, at one instruction a block.
+constexpr int kStep = 2 * kLanes;
 
-template <class T>
+static inline void load_pair(const float* p, F& a, F& b) {
+    a = load(p);
+    b = load(p + kLanes);
+}
+
+static inline void load_pair(const uint16_t* p, F& a, F& b) {
+    U both;
+    __builtin_memcpy(&both, p, sizeof both);
+    a = (F)(both << 16);
+    b = (F)(both & 0xffff0000u);
+}
+
+// Σ e and Σ e·d, lane by lane, with d = x − base and e = exp(d / temperature).
+struct Sums {
+    F mass = splat(0.0f), heat = splat(0.0f);
+
+    void add(F x, F base, F scale, F lowest) {
+        const F d = largest(lowest, x - base);
+        const F e = exp2_(d, scale);
+        mass = mass + e;
+        heat = heat + e * d;
+    }
+};
+
+// A stretch of a row: short enough for float sums, and for the first-level cache in case it is read again.
+constexpr int64_t kTile = 64 * kStep;
+constexpr int kAhead = 2048;  // bytes of prefetch: the hardware's own stops at every page
+
+template <class T, bool capped>
+static inline Sums sums_of_tile(const T* x, int64_t n, float base, const Rows& job) {
+    const float scale = (float)(kLog2E * job.inv_temperature);
+    const F m = splat(base), s = splat(scale), lowest = splat(kLowest / scale);
+    Sums one, two;
+    for (int64_t j = 0; j < n; j += kStep) {
+        __builtin_prefetch((const char*)(x + j) + kAhead);
+        if (sizeof(T) == 4) __builtin_prefetch((const char*)(x + j) + kAhead + 64);
+        F a, b;
+        load_pair(x + j, a, b);
+        one.add(cap<capped>(a, job.softcap), m, s, lowest);
+        two.add(cap<capped>(b, job.softcap), m, s, lowest);
+    }
+    one.mass = one.mass + two.mass;
+    one.heat = one.heat + two.heat;
+    return one;
+}
+
+template <class T, bool capped>
+static float peak_of_tile(const T* x, int64_t n, const Rows& job) {
+    F peak = splat(-__builtin_inff());
+    for (int64_t j = 0; j < n; j += kStep) {
+        F a, b;
+        load_pair(x + j, a, b);
+        peak = largest(cap<capped>(a, job.softcap), peak);
+        peak = largest(cap<capped>(b, job.softcap), peak);
+    }
+    return peak_of(peak);
+}
+
+// A lane's sum over a tile that only values well above the base reach.
+constexpr float kHigh = 1024.0f;
+
+// A row so far, relative to `best`: a value that the row holds, though not always its largest. Float sums have room above, so a
+// tile is looked through for a larger one only when its sums run high, and most rows are read once.
+struct RowSums {
+    float best = -__builtin_inff();
+    D mass{}, heat{};
+    double inv_temperature;
+
+    // From base m to base m + d: (mass, heat) becomes e^(−d/T) · (mass, heat − d·mass).
+    void raise(float top) {
+        if (best > -__builtin_inff()) {
+            const double d = (double)top - best, fall = __builtin_exp(-d * inv_temperature);
+            heat = (heat - mass * d) * fall;
+            mass = mass * fall;
+        }
+        best = top;
+    }
+
+    template <class T, bool capped>
+    void add(const T* x, int64_t n, const Rows& job) {
+        const bool first = best == -__builtin_inff();
+        Sums part;
+        if (!first) part = sums_of_tile<T, capped>(x, n, best, job);
+        if (first || peak_of(part.mass) > kHigh) {
+            const float top = peak_of_tile<T, capped>(x, n, job);
+            if (top > best) raise(top);
+            part = sums_of_tile<T, capped>(x, n, best == -__builtin_inff() ? 0.0f : best, job);
+            if (best == -__builtin_inff()) part.mass = part.heat * 0.0f;  // nothing but −inf: no mass, unless there is a NaN
+        }
+        mass = mass + wide_sums(part.mass);
+        heat = heat + wide_sums(part.heat);
+    }
+};
+
+template <class T, bool capped>
 static void stats_of_row(const Rows& job, int64_t row) {
     const T* logits = (const T*)job.logits + row * job.stride;
-    const float inf = __builtin_inff();
-    double best = -inf, mass = 0, heat = 0;  // m, Σ exp(x−m), Σ exp(x−m)(x−m) so far
-    F tile[kTile];
-    for (int64_t start = 0; start < job.vocab; start += kTile * kLanes) {
-        const int64_t left = job.vocab - start;
-        const int blocks = left >= kTile * kLanes ? kTile : (int)((left + kLanes - 1) / kLanes);
-        F peak = splat(-inf), total = splat(0.0f), weighted = splat(0.0f);
-        for (int k = 0; k < blocks; ++k) {
-            const int n = (int)(left - k * kLanes < kLanes ? left - k * kLanes : kLanes);
-            F x = transform(load_some(logits + start + k * kLanes, n, -inf), job.inv_temperature, job.softcap);
-            for (int i = n; i < kLanes; ++i) x[i] = -inf;  // softcap would make missing lanes finite
-            tile[k] = x;
-            peak = largest(x, peak);
-        }
-        float top = -inf;
-        for (int i = 0; i < kLanes; ++i) top = peak[i] > top ? peak[i] : top;
-        const float base = top == -inf ? 0.0f : top;
-        for (int k = 0; k < blocks; ++k) {
-            const F shifted = tile[k] - base, e = exp_(shifted);
-            total = total + e;
-            weighted = weighted + (e > splat(0.0f) ? e * shifted : splat(0.0f));  // not 0 · −inf
-        }
-        const double s = sum(total), w = sum(weighted);
-        // Moving the base from m to m' = m + d turns (mass, heat) into e^−d · (mass, heat − d·mass).
-        if (top > best) {
-            const double d = top - best, fall = __builtin_exp(-d);
-            heat = mass > 0 ? fall * (heat - d * mass) : 0.0;
-            mass *= fall;
-            best = top;
-            mass += s;
-            heat += w;
-        } else {
-            const double d = top == -inf ? 0.0 : best - top, fall = __builtin_exp(-d);
-            mass += fall * s;
-            heat += fall * (w - d * s);
-        }
+    RowSums all;
+    all.inv_temperature = job.inv_temperature;
+    const int64_t whole = job.vocab - job.vocab % kStep;
+    for (int64_t start = 0; start < whole; start += kTile)
+        all.add<T, capped>(logits + start, whole - start < kTile ? whole - start : kTile, job);
+    if (whole < job.vocab) {
+        float tail[kStep];
+        for (int i = 0; i < kStep; ++i)
+            tail[i] = whole + i < job.vocab ? cap<capped>(splat(widen(logits[whole + i])), job.softcap)[0] : -__builtin_inff();
+        all.add<float, false>(tail, kStep, job);
     }
-    const double log_mass = __builtin_log(mass);
-    const F label = transform(splat(widen(logits[job.labels[row]])), job.inv_temperature, job.softcap);
-    job.logps[row] = (float)(((double)label[0] - best) - log_mass);
+    double mass = sum(all.mass);
+    double heat = sum(all.heat) * job.inv_temperature;
+    if (__builtin_fabs(heat) < 1e-20) heat = 0;  // what the terms that count as 2^−100 have left
+    if (heat != heat) mass = heat;  // a NaN whose exponent bits the addition in exp2_ has changed
+    const double log_mass = __builtin_log(mass), best = all.best;
+    const double label = cap<capped>(splat(widen(logits[job.labels[row]])), job.softcap)[0];
+    job.logps[row] = (float)((label - best) * job.inv_temperature - log_mass);
     job.entropy[row] = (float)(log_mass - heat / mass);
-    job.lse[row] = (float)(best + log_mass);
+    job.lse[row] = (float)(best * job.inv_temperature + log_mass);
 }
 
-template <class T, class G>
+// What a row's gradient is made of: g = 2^(z·scale − base) · (lift − pull · (z/T + shift)) · slope, see passes_torch.row_grads_.
+struct RowFactors {
+    F scale, base, lift, pull, shift, inv_temperature;
+    float softcap;
+};
+
+template <bool capped>
+static inline F slope_of(F z, const RowFactors& f) {
+    if (!capped) return f.inv_temperature;
+    const F t = tanh_(z * (1.0f / f.softcap));
+    return f.inv_temperature * (1.0f - t * t);
+}
+
+template <bool capped, bool with_entropy>
+static inline F grads_of_block(F z, const RowFactors& f) {
+    const F x = cap<capped>(z, f.softcap);
+    const F raw = x * f.scale - f.base;
+    F factor = f.lift;
+    if (with_entropy) factor = factor - f.pull * (x * f.inv_temperature + f.shift);
+    if (capped) factor = factor * slope_of<capped>(z, f);
+    const F g = exp2_(largest(splat(kLowest), raw), splat(1.0f)) * factor;
+    return raw < splat(kLowest) ? splat(0.0f) : g;
+}
+
+template <class T, class G, bool capped, bool with_entropy>
 static void grads_of_row(const Rows& job, int64_t row) {
     const T* logits = (const T*)job.logits + row * job.stride;
     G* grads = (G*)job.grads + row * job.grad_stride;  // may be the memory of the logits
     const float a = job.d_logps ? job.d_logps[row] : 0.0f;
     const float b = job.d_entropy ? job.d_entropy[row] : 0.0f;
     const float c = job.d_lse ? job.d_lse[row] : 0.0f;
-    const float lse = job.lse[row], entropy = job.entropy[row];
+    const double lse = job.lse[row];
+    const float scale = (float)(kLog2E * job.inv_temperature);
+    // The exponent is 0 where z/T = lse, whatever the rounding of `scale`; that of `base` is made up for by the factors.
+    const double exact = lse / job.inv_temperature * scale;
+    const float base = (float)exact;
+    const float left = (float)__builtin_exp2(base - exact) * (capped ? 1.0f : job.inv_temperature);
+    const RowFactors f{splat(scale), splat(base), splat((c - a) * left), splat(b * left),
+                       splat((float)(job.entropy[row] - lse)), splat(job.inv_temperature), job.softcap};
     const int64_t label = job.labels[row];
-    for (int64_t j = 0; j < job.vocab; j += kLanes) {
-        const int n = (int)(job.vocab - j < kLanes ? job.vocab - j : kLanes);
-        F z = load_some(logits + j, n, 0.0f);
-        F slope = splat(job.inv_temperature);
-        if (job.softcap > 0.0f) {
-            const F t = tanh_(z * (1.0f / job.softcap));
-            slope = slope * (1.0f - t * t);
-            z = t * job.softcap;
-        }
-        const F logp = z * job.inv_temperature - lse;
-        const F p = exp_(logp);
-        F g = p * (c - a);
-        if (b != 0.0f) g = g - (p > splat(0.0f) ? p * (logp + entropy) * b : splat(0.0f));
-        if (label >= j && label < j + n) g[label - j] += a;
-        store_some(grads + j, g * slope, n);
+    const F own = splat(label >= 0 ? widen(logits[label]) : 0.0f);
+    int64_t j = 0;
+    for (; j + kLanes <= job.vocab; j += kLanes) {
+        __builtin_prefetch((const char*)(logits + j) + kAhead);
+        store_grads(grads + j, grads_of_block<capped, with_entropy>(load(logits + j), f));
+    }
+    if (j < job.vocab) {
+        const int n = (int)(job.vocab - j);
+        store_some(grads + j, grads_of_block<capped, with_entropy>(load_some(logits + j, n, 0.0f), f), n);
+    }
+    if (label >= 0) store_some(grads + label, grads_of_block<capped, with_entropy>(own, f) + a * slope_of<capped>(own, f), 1);
+}
+
+template <class T>
+static void stats_of_rows(const Rows& job, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+        job.softcap > 0.0f ? stats_of_row<T, true>(job, row) : stats_of_row<T, false>(job, row);
+}
+
+template <class T, class G>
+static void grads_of_rows(const Rows& job, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+        const bool with_entropy = job.d_entropy && job.d_entropy[row] != 0.0f;
+        if (job.softcap > 0.0f)
+            with_entropy ? grads_of_row<T, G, true, true>(job, row) : grads_of_row<T, G, true, false>(job, row);
+        else
+            with_entropy ? grads_of_row<T, G, false, true>(job, row) : grads_of_row<T, G, false, false>(job, row);
     }
 }
 
 static void row_stats(const Rows& job, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-        job.dtype == kFloat32 ? stats_of_row<float>(job, row) : stats_of_row<uint16_t>(job, row);
+    job.dtype == kFloat32 ? stats_of_rows<float>(job, begin, end) : stats_of_rows<uint16_t>(job, begin, end);
 }
 
 static void row_grads(const Rows& job, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-        if (job.dtype == kBFloat16)
-            grads_of_row<uint16_t, uint16_t>(job, row);
-        else if (job.grad_dtype == kFloat32)
-            grads_of_row<float, float>(job, row);
-        else
-            grads_of_row<float, uint16_t>(job, row);
-    }
+    if (job.dtype == kBFloat16)
+        grads_of_rows<uint16_t, uint16_t>(job, begin, end);
+    else
+        job.grad_dtype == kFloat32 ? grads_of_rows<float, float>(job, begin, end) : grads_of_rows<float, uint16_t>(job, begin, end);
+}
+
+template <class P>
+static inline F averaged(float* shadow, const P* param, int n, float step) {
+    F s = load_some(shadow, n, 0.0f);
+    s = s + (load_some(param, n, 0.0f) - s) * step;
+    store_some(shadow, s, n);
+    return s;
 }
 
 template <class P, class Q>
@@ -207,17 +364,37 @@ static void ema_of(const EmaTensor& job, int64_t begin, int64_t end, float step)
     Q* publish = (Q*)job.publish;
     for (int64_t j = begin; j < end; j += kLanes) {
         const int n = (int)(end - j < kLanes ? end - j : kLanes);
-        F s = load_some(shadow + j, n, 0.0f);
-        s = s + (load_some(param + j, n, 0.0f) - s) * step;
-        store_some(shadow + j, s, n);
+        const F s = averaged(shadow + j, param + j, n, step);
         if (publish) store_some(publish + j, s, n);
     }
+}
+
+// The usual case, a large tensor with a bfloat16 copy, without reading the copy's old lines: 14 bytes a parameter and not 16.
+template <class P>
+static void ema_streamed(const EmaTensor& job, int64_t begin, int64_t end, float step) {
+    uint16_t* publish = (uint16_t*)job.publish;
+    int64_t first = begin;
+    while (first < end && (uintptr_t)(publish + first) % 32) ++first;
+    const int64_t last = first + (end - first) / kLanes * kLanes;
+    ema_of<P, uint16_t>(job, begin, first, step);
+    for (int64_t j = first; j < last; j += kLanes)
+        stream(publish + j, averaged(job.shadow + j, (const P*)job.param + j, kLanes, step));
+    ema_of<P, uint16_t>(job, last, end, step);
+#ifdef __AVX2__
+    _mm_sfence();
+#endif
+}
+
+template <class P>
+static void ema_narrow(const EmaTensor& job, int64_t begin, int64_t end, float step) {
+    constexpr int64_t large = 1 << 20;  // elements: below, the copy may well be read from a cache
+    job.publish && job.numel >= large ? ema_streamed<P>(job, begin, end, step) : ema_of<P, uint16_t>(job, begin, end, step);
 }
 
 static void ema(const EmaTensor& job, int64_t begin, int64_t end, float step) {
     const bool narrow_in = job.param_dtype == kBFloat16, narrow_out = job.publish_dtype == kBFloat16;
     if (narrow_in)
-        narrow_out ? ema_of<uint16_t, uint16_t>(job, begin, end, step) : ema_of<uint16_t, float>(job, begin, end, step);
+        narrow_out ? ema_narrow<uint16_t>(job, begin, end, step) : ema_of<uint16_t, float>(job, begin, end, step);
     else
-        narrow_out ? ema_of<float, uint16_t>(job, begin, end, step) : ema_of<float, float>(job, begin, end, step);
+        narrow_out ? ema_narrow<float>(job, begin, end, step) : ema_of<float, float>(job, begin, end, step);
 }

@@ -81,5 +81,5 @@ PYBIND11_MODULE(_native, m) {
     m.def("row_grads", &row_grads, free);
     m.def("ema_update", &ema_update, free);
     m.def("isa", [] { return std::string(active->name); }, "The instruction set in use.");
-    m.def("use_isa", &use_isa, "Use 'avx512', 'avx2' or 'generic'; for tests.");
+    m.def("use_isa", &use_isa, "Use 'avx512_bf16', 'avx512', 'avx2' or 'generic'; for tests.");
 }

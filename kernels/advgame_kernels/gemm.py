@@ -2,8 +2,8 @@
 
 On CUDA all three are single cuBLAS calls with half-precision operands and float32 accumulation. cuBLAS writes
 float32 from bfloat16 operands, which torch exposes as `mm.dtype_out` and `addmm.dtype_out`. The CPU backend has
-neither: there the product comes from MKL (gemm_mkl.py) or goes through float32 copies of a block of the vocabulary at a
-time.
+neither: there MKL is asked directly where it can serve (gemm_mkl.py), and otherwise mixed precision goes through
+float32 copies of a block of the vocabulary at a time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def logits_into(
     if hidden.is_cuda:
         torch.ops.aten.mm.dtype_out(hidden, weight.t(), out.dtype, out=out)
     elif gemm_mkl.serves(out, hidden, weight.t()):
-        gemm_mkl.multiply(out, hidden, weight.t())
+        gemm_mkl.product_into(out, hidden, weight.t())
     else:
         wide = hidden.to(out.dtype)
         for start in range(0, weight.shape[0], CPU_BLOCK):
@@ -82,7 +82,7 @@ def add_weight_grad_(
             _accumulate_(total, dlogits, hidden)
         return
     if gemm_mkl.serves(total, dlogits.t(), hidden):
-        gemm_mkl.multiply(total, dlogits.t(), hidden, beta=0.0 if fresh else 1.0)
+        gemm_mkl.product_into(total, dlogits.t(), hidden, add=not fresh)
         return
     if fresh:
         total.zero_()

@@ -6,17 +6,18 @@ functions on top differ only in how they turn a chunk's statistics into per-row 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from advgame_kernels import gemm, passes, skipping
-from advgame_kernels._checks import non_negative, refuse
+from advgame_kernels import gemm, memory, passes, skipping
+from advgame_kernels._checks import linear_head, non_negative, refuse
 from advgame_kernels.types import LogProbs
-from advgame_kernels.vocab_parallel import VocabShard
+from advgame_kernels.vocab_parallel import VocabShard, make_shard
 
 CPU_CHUNK_BYTES = 256 << 20
 # On a GPU each chunk also reads and writes the whole float32 dWeight; 4 k rows make that a few per cent of the GEMMs.
@@ -57,7 +58,7 @@ class HeadGrads:
         """Whether any gradient is asked for; without one only the forward half runs."""
         return self.hidden is not None or self.weight is not None or self.bias is not None
 
-    def finish(self, shard: VocabShard | None = None) -> None:
+    def finish(self, shard: VocabShard | None) -> None:
         """After the last chunk: gradients of weight and bias are zero without any; dHidden is summed over shards."""
         if shard is not None and self.hidden is not None:
             shard.sum_(self.hidden)
@@ -66,26 +67,39 @@ class HeadGrads:
                 grad.zero_()
 
 
+@dataclass(frozen=True)
+class HeadOptions:
+    """The keywords that every function of a linear head shares; `linear_preference_loss` says what they do."""
+
+    bias: Tensor | None = None  # (V,)
+    softcap: float = 0.0
+    temperature: float = 1.0
+    chunk_bytes: int | None = None
+    logits_dtype: torch.dtype | None = None
+    impl: str = "auto"
+    process_group: dist.ProcessGroup | None = None
+    skip_below: float = 0.0
+
+
 def make_head(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    temperature: float,
-    softcap: float,
-    chunk_bytes: int | None,
-    logits_dtype: torch.dtype | None,
-    impl: str,
-    shard: VocabShard | None = None,
-    skip_below: float = 0.0,
+    labels: Tensor,  # (N,)
+    options: HeadOptions,
 ) -> Head:
-    """Resolve the defaults: float32 logits for half precision, chunk size by device, implementation by both.
+    """Check the arguments, and resolve the defaults: float32 logits for half precision, chunk size by device,
+    implementation by both.
 
     A float32 weight beside half-precision hidden states is converted here, once a call.
 
-    Raises ValueError for a chunk budget that is not positive and for a logits dtype other than float32 or the
-    head's own.
+    Raises ValueError for a wrong shape, dtype, device or setting, RuntimeError for an implementation that cannot
+    serve.
     """
-    dtype = hidden.dtype
+    shard = make_shard(weight, options.process_group)
+    ranks = 1 if shard is None else shard.ranks
+    bias = options.bias
+    linear_head(hidden, weight, labels, bias, options.temperature, options.softcap, ranks)
+    dtype, logits_dtype, chunk_bytes = hidden.dtype, options.logits_dtype, options.chunk_bytes
     if logits_dtype is None:
         logits_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     if logits_dtype != dtype and (logits_dtype != torch.float32 or dtype == torch.float64):
@@ -94,13 +108,18 @@ def make_head(
         chunk_bytes = CUDA_CHUNK_BYTES if hidden.is_cuda else CPU_CHUNK_BYTES
     if not isinstance(chunk_bytes, int) or chunk_bytes <= 0:
         refuse("chunk_bytes", "a number of bytes above 0", chunk_bytes)
-    non_negative("skip_below", skip_below)
-    budget = max(1, chunk_bytes // (weight.shape[0] * logits_dtype.itemsize))
-    chosen = passes.choose(impl, logits_dtype, hidden.device)
+    non_negative("skip_below", options.skip_below)
     return Head(
-        weight.detach().to(dtype), None if bias is None else bias.detach(), temperature, softcap, logits_dtype,
-        budget, chosen, shard, skip_below,
-    )  # fmt: skip
+        weight=weight.detach().to(dtype),
+        bias=None if bias is None else bias.detach(),
+        temperature=options.temperature,
+        softcap=options.softcap,
+        logits_dtype=logits_dtype,
+        row_budget=max(1, chunk_bytes // (weight.shape[0] * logits_dtype.itemsize)),
+        impl=passes.choose(options.impl, logits_dtype, hidden.device),
+        shard=shard,
+        skip_below=options.skip_below,
+    )
 
 
 def make_grads(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> HeadGrads:
@@ -109,24 +128,39 @@ def make_grads(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> HeadGrads
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return HeadGrads(
         hidden=torch.empty_like(hidden) if on and hidden.requires_grad else None,
-        weight=torch.empty_like(weight, dtype=wide) if on and weight.requires_grad else None,
+        weight=memory.empty(weight.shape, wide, weight.device) if on and weight.requires_grad else None,
         bias=torch.empty_like(bias, dtype=wide) if on and bias is not None and bias.requires_grad else None,
     )
 
 
 class Workspace:
-    """The one buffer of logits that every chunk of a walk reuses."""
+    """The buffers that every chunk of a walk reuses."""
 
     def __init__(self, head: Head, rows: int) -> None:
         self.head = head
-        rows = min(rows, head.row_budget)
-        self.buffer = head.weight.new_empty((rows, head.weight.shape[0]), dtype=head.logits_dtype)
+        self.rows = rows  # of the largest chunk
+        self.buffer = self._empty(head.logits_dtype)
+        self.narrow: Tensor | None = None
+
+    def _empty(self, dtype: torch.dtype) -> Tensor:
+        return memory.empty((self.rows, self.head.weight.shape[0]), dtype, self.head.weight.device)
 
     def logits(self, hidden: Tensor) -> Tensor:  # (n, H) -> (n, V)
         """Raw logits of the rows, in the shared buffer: valid until the next call."""
         out = self.buffer[: hidden.shape[0]]
         gemm.logits_into(out, hidden, self.head.weight, self.head.bias)
         return out
+
+    def room(self, rows: int) -> Tensor | None:  # (rows, V)
+        """Memory for the gradient of logits wider than the head, where it cannot take theirs; see native.row_grads_."""
+        if self.head.impl != "native" or (self.head.weight.dtype, self.head.logits_dtype) != (
+            torch.bfloat16,
+            torch.float32,
+        ):
+            return None
+        if self.narrow is None:
+            self.narrow = self._empty(self.head.weight.dtype)
+        return self.narrow[:rows]
 
 
 def stats_of(head: Head, logits: Tensor, labels: Tensor) -> LogProbs:
@@ -140,6 +174,7 @@ def stats_of(head: Head, logits: Tensor, labels: Tensor) -> LogProbs:
 def push_grads(
     head: Head,
     grads: HeadGrads,
+    work: Workspace,
     rows: slice,
     hidden: Tensor,  # (n, H) those rows
     labels: Tensor,  # (n,)
@@ -153,8 +188,9 @@ def push_grads(
     if head.shard is not None:
         labels = head.shard.local_labels(labels)
     dlogits = passes.row_grads_(
-        logits, labels, stats, d_logps, d_entropy, d_lse, head.temperature, head.softcap, hidden.dtype, head.impl
-    )
+        logits, labels, stats, d_logps, d_entropy, d_lse, head.temperature, head.softcap, hidden.dtype, head.impl,
+        work.room(logits.shape[0]),
+    )  # fmt: skip
     if head.skip_below > 0.0 and d_logps is not None:
         _push_kept(head, grads, rows, hidden, dlogits, skipping.kept_runs(dlogits, d_logps, head.skip_below))
     else:
@@ -195,20 +231,9 @@ def row_chunks(start: int, stop: int, budget: int) -> Iterator[slice]:
         yield slice(start + rows * i // pieces, start + rows * (i + 1) // pieces)
 
 
-def _keeps_graph() -> bool:
-    """Whether the backward pass that runs now leaves its graph for another one; True where torch does not tell."""
-    told = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if told is None else bool(told())
-
-
-def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """A new tensor grad · upstream in `dtype`, rounded once."""
-    out = torch.empty_like(grad, dtype=dtype)
-    # torch's CPU loops convert through a copy of the whole output, which would be as large as the gradient
-    step = len(grad) if grad.is_cuda or dtype == grad.dtype else gemm.CPU_BLOCK
-    for start in range(0, len(grad), max(1, step)):
-        torch.mul(grad[start : start + step], upstream, out=out[start : start + step])
-    return out
+def largest_chunk(lengths: Iterable[int], budget: int) -> int:
+    """Rows of the largest chunk when stretches of these lengths are cut by `row_chunks`."""
+    return max((-(-n // -(-n // budget)) for n in lengths if n > 0), default=0)
 
 
 class _Attach(torch.autograd.Function):
@@ -225,17 +250,15 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        keep = _keeps_graph()
-        as_is = not upstream.is_cuda and bool(upstream == 1)  # on a GPU the question would have to wait for it
+        # Out of place, so that a retained graph may be used again; the product lands in the gradient's final dtype.
+        # Only a factor of 1 needs no product, and it can be read without waiting on the CPU alone.
+        one = upstream.device.type == "cpu" and float(upstream) == 1.0
         scaled: list[Tensor | None] = []
         for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
-            if grad is None:
-                scaled.append(None)
-            elif keep or grad.dtype != dtype:
-                # out of place when the graph may be used again; the product lands in the gradient's final dtype
-                scaled.append(_scaled(grad, upstream, dtype))
+            if grad is None or (one and grad.dtype == dtype):
+                scaled.append(grad)
             else:
-                scaled.append(grad if as_is else grad.mul_(upstream))
+                scaled.append(torch.mul(grad, upstream, out=memory.empty(grad.shape, dtype, grad.device)))
         return None, *scaled, None, None, None
 
 

@@ -8,35 +8,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from advgame_kernels import _checks
-from advgame_kernels.head import Head, Workspace, make_grads, make_head, push_grads, row_chunks, stats_of
+from advgame_kernels._twins import pick, twin_of
+from advgame_kernels.head import (
+    Head,
+    HeadOptions,
+    Workspace,
+    largest_chunk,
+    make_grads,
+    make_head,
+    push_grads,
+    row_chunks,
+    stats_of,
+)
 from advgame_kernels.types import LogProbs
-from advgame_kernels.vocab_parallel import make_shard
-
-
-def linear_logprobs_ref(
-    hidden: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    labels: Tensor,  # (N,) int64
-    *,
-    bias: Tensor | None = None,  # (V,)
-    temperature: float = 1.0,
-    softcap: float = 0.0,
-    chunk_bytes: int | None = None,
-    logits_dtype: torch.dtype | None = None,
-    impl: str = "auto",
-) -> LogProbs:
-    """`linear_logprobs` with all logits in memory and torch's autograd; the last three arguments are ignored."""
-    logits = hidden @ weight.to(hidden.dtype).t()
-    if bias is not None:
-        logits = logits + bias
-    logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    if softcap > 0.0:
-        logits = softcap * torch.tanh(logits / softcap)
-    log_probs = torch.log_softmax(logits / temperature, dim=1)
-    entropy = -torch.where(log_probs > float("-inf"), log_probs.exp() * log_probs, 0.0).sum(dim=1)
-    lse = torch.logsumexp(logits / temperature, dim=1)
-    return LogProbs(log_probs.gather(1, labels[:, None])[:, 0], entropy, lse)
+from advgame_kernels.vocab_parallel import whole_vocabulary
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -45,7 +30,7 @@ class _LinearLogProbs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: Head
     ) -> tuple[Tensor, ...]:
         out = LogProbs(*(hidden.new_empty(hidden.shape[0], dtype=head.stats_dtype) for _ in range(3)))
-        work = Workspace(head, hidden.shape[0])
+        work = Workspace(head, largest_chunk([hidden.shape[0]], head.row_budget))
         for rows in row_chunks(0, hidden.shape[0], head.row_budget):
             stats = stats_of(head, work.logits(hidden[rows]), labels[rows])
             for whole, part in zip(out, stats, strict=True):
@@ -73,12 +58,12 @@ class _LinearLogProbs(torch.autograd.Function):
                 None if bias is None else bias.detach().requires_grad_(need[2]),
             )
         ups = [None if g is None else g.to(head.stats_dtype).contiguous() for g in upstream]
-        work = Workspace(head, hidden.shape[0])
+        work = Workspace(head, largest_chunk([hidden.shape[0]], head.row_budget))
         for rows in row_chunks(0, hidden.shape[0], head.row_budget):
             part = LogProbs(*(s[rows] for s in stats))
             d_logps, d_entropy, d_lse = (None if g is None else g[rows] for g in ups)
             h = hidden.detach()[rows]
-            push_grads(head, grads, rows, h, labels[rows], work.logits(h), part, d_logps, d_entropy, d_lse)
+            push_grads(head, grads, work, rows, h, labels[rows], work.logits(h), part, d_logps, d_entropy, d_lse)
         grads.finish(head.shard)
         return (
             grads.hidden,
@@ -116,7 +101,30 @@ def linear_logprobs(
 
     Raises ValueError for a wrong shape, dtype, device, setting or (on the CPU) a label out of range.
     """
-    shard = make_shard(weight, process_group)
-    _checks.linear_head(hidden, weight, labels, bias, temperature, softcap, 1 if shard is None else shard.ranks)
-    head = make_head(hidden, weight, bias, temperature, softcap, chunk_bytes, logits_dtype, impl, shard)
+    options = HeadOptions(bias, softcap, temperature, chunk_bytes, logits_dtype, impl, process_group)
+    head = make_head(hidden, weight, labels, options)
     return LogProbs(*_LinearLogProbs.apply(hidden.contiguous(), weight, bias, labels, head))
+
+
+@twin_of(linear_logprobs)
+def linear_logprobs_ref(hidden: Tensor, weight: Tensor, labels: Tensor, **settings: Any) -> LogProbs:
+    """`linear_logprobs` with all logits in memory and torch's autograd, in one matrix product of the head's dtype.
+
+    Takes the same keywords. `process_group` is honoured by gathering the shards; `chunk_bytes`, `logits_dtype` and
+    `impl` say how the other one computes and are ignored.
+    """
+    return whole_logprobs(hidden, weight, labels, pick(HeadOptions, settings))
+
+
+def whole_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, options: HeadOptions) -> LogProbs:
+    """Log-probs, entropy and lse of the rows from whole logits, for all the references."""
+    logits = hidden @ whole_vocabulary(weight, options.process_group).to(hidden.dtype).t()
+    if options.bias is not None:
+        logits = logits + whole_vocabulary(options.bias, options.process_group)
+    logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    if options.softcap > 0.0:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
+    logits = logits / options.temperature
+    log_probs = torch.log_softmax(logits, dim=1)
+    entropy = -torch.where(log_probs > float("-inf"), log_probs.exp() * log_probs, 0.0).sum(dim=1)
+    return LogProbs(log_probs.gather(1, labels[:, None])[:, 0], entropy, torch.logsumexp(logits, dim=1))

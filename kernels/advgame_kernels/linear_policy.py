@@ -6,13 +6,25 @@ starts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from advgame_kernels import _checks
-from advgame_kernels.head import Workspace, attach, make_grads, make_head, push_grads, row_chunks, stats_of
-from advgame_kernels.linear_logprobs import linear_logprobs_ref
+from advgame_kernels._twins import pick, twin_of
+from advgame_kernels.head import (
+    HeadOptions,
+    Workspace,
+    attach,
+    largest_chunk,
+    make_grads,
+    make_head,
+    push_grads,
+    row_chunks,
+    stats_of,
+)
+from advgame_kernels.linear_logprobs import whole_logprobs
 from advgame_kernels.policy import (
     Clip,
     PolicyInputs,
@@ -25,39 +37,6 @@ from advgame_kernels.policy import (
 )
 from advgame_kernels.preference import result_dtype
 from advgame_kernels.types import PolicyOutput
-from advgame_kernels.vocab_parallel import make_shard
-
-
-def linear_policy_loss_ref(
-    hidden: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    labels: Tensor,  # (N,)
-    advantages: Tensor,  # (N,)
-    weights: Tensor,  # (N,)
-    *,
-    ref_logps: Tensor | None = None,  # (N,)
-    old_logps: Tensor | None = None,  # (N,)
-    sampler_logps: Tensor | None = None,  # (N,)
-    kl_beta: float = 0.0,
-    clip: Clip = None,
-    truncation: float | None = None,
-    entropy_weight: float = 0.0,
-    bias: Tensor | None = None,  # (V,)
-    softcap: float = 0.0,
-    temperature: float = 1.0,
-    chunk_bytes: int | None = None,
-    logits_dtype: torch.dtype | None = None,
-    impl: str = "auto",
-) -> PolicyOutput:
-    """`linear_policy_loss` with all logits in memory and torch's autograd; the last three are ignored."""
-    spec = PolicySpec(kl_beta, clip, truncation, entropy_weight)
-    inputs = PolicyInputs(advantages, weights, ref_logps, old_logps, sampler_logps)
-    tokens = linear_logprobs_ref(hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap)
-    terms = token_terms(tokens.logps, inputs, spec)
-    live_weights = torch.where(weights != 0, weights.double(), 0.0)
-    total = terms.loss.sum() - entropy_weight * (live_weights * tokens.entropy.double()).sum()
-    dtype = result_dtype(hidden)
-    return finish(total.to(dtype), tokens.logps, terms, weights, tokens.entropy, dtype)
 
 
 def linear_policy_loss(
@@ -93,11 +72,10 @@ def linear_policy_loss(
     assertion on a GPU) a label out of range. The gradient itself cannot be differentiated again.
     """
     spec = PolicySpec(kl_beta, clip, truncation, entropy_weight)
-    shard = make_shard(weight, process_group)
-    _checks.linear_head(hidden, weight, labels, bias, temperature, softcap, 1 if shard is None else shard.ranks)
+    options = HeadOptions(bias, softcap, temperature, chunk_bytes, logits_dtype, impl, process_group, skip_below)
+    head = make_head(hidden, weight, labels, options)
     inputs = PolicyInputs(advantages, weights, ref_logps, old_logps, sampler_logps)
     check_policy_inputs(inputs, hidden.shape[0], hidden.device, spec)
-    head = make_head(hidden, weight, bias, temperature, softcap, chunk_bytes, logits_dtype, impl, shard, skip_below)
     grads = make_grads(hidden, weight, bias)
     dtype = result_dtype(hidden)
     with torch.no_grad():
@@ -107,7 +85,7 @@ def linear_policy_loss(
         entropy = torch.empty_like(logps)
         parts: list[TokenTerms] = []
         total = hidden.new_zeros((), dtype=torch.float64)
-        work = Workspace(head, n)
+        work = Workspace(head, largest_chunk([n], head.row_budget))
         for rows in row_chunks(0, n, head.row_budget):
             logits = work.logits(rows_in[rows])
             stats = stats_of(head, logits, labels[rows])
@@ -122,11 +100,31 @@ def linear_policy_loss(
                 total -= spec.entropy_weight * (live * stats.entropy.double()).sum()
                 d_entropy = (-spec.entropy_weight * live).to(head.stats_dtype)
             if d_logps is not None:
-                push_grads(head, grads, rows, rows_in[rows], labels[rows], logits, stats, d_logps, d_entropy, None)
-        grads.finish(shard)
+                push_grads(
+                    head, grads, work, rows, rows_in[rows], labels[rows], logits, stats, d_logps, d_entropy, None
+                )
+        grads.finish(head.shard)
         if not parts:
             none = total.new_zeros(0)
             parts.append(TokenTerms(none, none, none, none.bool()))
         joined = TokenTerms(*(torch.cat(p) for p in zip(*parts, strict=True)))
     loss = attach(total.to(dtype), hidden, weight, bias, grads)
     return finish(loss, logps, joined, weights, entropy, dtype)
+
+
+@twin_of(linear_policy_loss)
+def linear_policy_loss_ref(
+    hidden: Tensor, weight: Tensor, labels: Tensor, advantages: Tensor, weights: Tensor, **settings: Any
+) -> PolicyOutput:
+    """`linear_policy_loss` with all logits in memory and torch's autograd; see `linear_logprobs_ref`.
+
+    `skip_below` is ignored too: the gradient is whole.
+    """
+    spec = pick(PolicySpec, settings)
+    inputs = PolicyInputs(advantages, weights, settings["ref_logps"], settings["old_logps"], settings["sampler_logps"])
+    tokens = whole_logprobs(hidden, weight, labels, pick(HeadOptions, settings))
+    terms = token_terms(tokens.logps, inputs, spec)
+    live_weights = torch.where(weights != 0, weights.double(), 0.0)
+    total = terms.loss.sum() - spec.entropy_weight * (live_weights * tokens.entropy.double()).sum()
+    dtype = result_dtype(hidden)
+    return finish(total.to(dtype), tokens.logps, terms, weights, tokens.entropy, dtype)

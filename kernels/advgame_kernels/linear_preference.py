@@ -11,25 +11,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from advgame_kernels import _checks
+from advgame_kernels._twins import pick, twin_of
 from advgame_kernels.head import (
     Head,
     HeadGrads,
+    HeadOptions,
     Workspace,
     attach,
+    largest_chunk,
     make_grads,
     make_head,
     push_grads,
     row_chunks,
     stats_of,
 )
-from advgame_kernels.linear_logprobs import linear_logprobs_ref
+from advgame_kernels.linear_logprobs import whole_logprobs
 from advgame_kernels.preference import (
     SequenceTerms,
     assemble,
@@ -41,7 +44,6 @@ from advgame_kernels.preference import (
 )
 from advgame_kernels.preference_kinds import PreferenceSpec
 from advgame_kernels.types import LogProbs, PreferenceOutput
-from advgame_kernels.vocab_parallel import make_shard
 
 
 class PairChunk(NamedTuple):
@@ -146,53 +148,10 @@ def _walk_chunk(batch: _Batch, chunk: PairChunk, head: Head, work: Workspace, gr
         assert logits is not None
         inner = slice(rows.start - chunk.rows.start, rows.stop - chunk.rows.start)
         push_grads(
-            head, grads, rows, batch.hidden[rows], batch.labels[rows], logits, part, result.d_logps[inner],
+            head, grads, work, rows, batch.hidden[rows], batch.labels[rows], logits, part, result.d_logps[inner],
             None if result.d_entropy is None else result.d_entropy[inner], None,
         )  # fmt: skip
     return result
-
-
-def linear_preference_loss_ref(
-    hidden: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    labels: Tensor,  # (N,)
-    cu_seqlens: Sequence[int] | Tensor,  # (2P + 1,)
-    ref_logps: Tensor | None,  # (2P,)
-    *,
-    kind: str = "sigmoid",
-    beta: float = 0.1,
-    average: bool = False,
-    label_smoothing: float = 0.0,
-    robust: bool = False,
-    simpo_gamma: float = 0.5,
-    discopop_tau: float = 0.05,
-    nll_weight: float = 0.0,
-    entropy_weight: float = 0.0,
-    normalizer: float | Tensor | None = None,
-    bias: Tensor | None = None,  # (V,)
-    softcap: float = 0.0,
-    temperature: float = 1.0,
-    chunk_bytes: int | None = None,
-    logits_dtype: torch.dtype | None = None,
-    impl: str = "auto",
-) -> PreferenceOutput:
-    """`linear_preference_loss` with all logits in memory and torch's autograd; the last three are ignored."""
-    spec = PreferenceSpec(
-        kind, beta, average, label_smoothing, robust, simpo_gamma, discopop_tau, nll_weight, entropy_weight
-    )
-    bounds = _checks.host_bounds(cu_seqlens, hidden.shape[0])
-    lengths = [b - a for a, b in pairwise(bounds)]
-    counts = torch.tensor(lengths, device=hidden.device, dtype=torch.int64)
-    tokens = linear_logprobs_ref(hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap)
-    index = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), counts)
-    zeros = torch.zeros(len(lengths), device=hidden.device, dtype=torch.float64)
-    sums = zeros.index_add(0, index, tokens.logps.double())
-    entropy = zeros.index_add(0, index, tokens.entropy.double()) / counts.clamp(min=1)
-    terms = sequence_terms(sums, ref_logps, counts, spec)
-    total = terms.total - 0.5 * entropy_weight * entropy.sum()
-    dtype = result_dtype(hidden)
-    loss = (total * inverse_normalizer(normalizer, len(lengths) // 2)).to(dtype)
-    return assemble(loss, terms, entropy, beta, dtype)
 
 
 def linear_preference_loss(
@@ -247,13 +206,12 @@ def linear_preference_loss(
     spec = PreferenceSpec(
         kind, beta, average, label_smoothing, robust, simpo_gamma, discopop_tau, nll_weight, entropy_weight
     )
-    shard = make_shard(weight, process_group)
-    _checks.linear_head(hidden, weight, labels, bias, temperature, softcap, 1 if shard is None else shard.ranks)
+    options = HeadOptions(bias, softcap, temperature, chunk_bytes, logits_dtype, impl, process_group, skip_below)
+    head = make_head(hidden, weight, labels, options)
     bounds = _checks.host_bounds(cu_seqlens, hidden.shape[0])
     sequences = len(bounds) - 1
     check_reference(ref_logps, sequences, hidden.device, spec)
     scale = inverse_normalizer(normalizer, sequences // 2)
-    head = make_head(hidden, weight, bias, temperature, softcap, chunk_bytes, logits_dtype, impl, shard, skip_below)
     grads = make_grads(hidden, weight, bias)
     dtype = result_dtype(hidden)
     with torch.no_grad():
@@ -263,9 +221,11 @@ def linear_preference_loss(
             hidden.detach().contiguous(), labels, ref_logps, lengths, on_device[:sequences], on_device[sequences:],
             device_scalar(scale, hidden.device), spec,
         )  # fmt: skip
-        work = Workspace(head, hidden.shape[0])
-        results = [_walk_chunk(batch, chunk, head, work, grads) for chunk in plan_pairs(bounds, head.row_budget)]
-        grads.finish(shard)
+        chunks = list(plan_pairs(bounds, head.row_budget))
+        rows = largest_chunk((c.rows.stop - c.rows.start for c in chunks), head.row_budget)
+        work = Workspace(head, rows)
+        results = [_walk_chunk(batch, chunk, head, work, grads) for chunk in chunks]
+        grads.finish(head.shard)
         terms, entropy = _join(results, hidden)
         loss = ((terms.total - 0.5 * spec.entropy_weight * entropy.sum()) * batch.scale[0]).to(dtype)
     return assemble(attach(loss, hidden, weight, bias, grads), terms, entropy, beta, dtype)
@@ -288,3 +248,32 @@ def _join(results: list[_ChunkResult], like: Tensor) -> tuple[SequenceTerms, Ten
         torch.cat([r.terms.logratios for r in results]),
     )
     return terms, torch.cat([r.entropy for r in results])
+
+
+@twin_of(linear_preference_loss)
+def linear_preference_loss_ref(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    cu_seqlens: Sequence[int] | Tensor,
+    ref_logps: Tensor | None,
+    **settings: Any,
+) -> PreferenceOutput:
+    """`linear_preference_loss` with all logits in memory and torch's autograd; see `linear_logprobs_ref`.
+
+    `skip_below` is ignored too: the gradient is whole.
+    """
+    spec = pick(PreferenceSpec, settings)
+    bounds = _checks.host_bounds(cu_seqlens, hidden.shape[0])
+    lengths = [b - a for a, b in pairwise(bounds)]
+    counts = torch.tensor(lengths, device=hidden.device, dtype=torch.int64)
+    tokens = whole_logprobs(hidden, weight, labels, pick(HeadOptions, settings))
+    index = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), counts)
+    zeros = torch.zeros(len(lengths), device=hidden.device, dtype=torch.float64)
+    sums = zeros.index_add(0, index, tokens.logps.double())
+    entropy = zeros.index_add(0, index, tokens.entropy.double()) / counts.clamp(min=1)
+    terms = sequence_terms(sums, ref_logps, counts, spec)
+    total = terms.total - 0.5 * spec.entropy_weight * entropy.sum()
+    dtype = result_dtype(hidden)
+    loss = (total * inverse_normalizer(settings["normalizer"], len(lengths) // 2)).to(dtype)
+    return assemble(loss, terms, entropy, spec.beta, dtype)

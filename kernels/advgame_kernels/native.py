@@ -38,7 +38,7 @@ def require() -> None:
 
 
 def isa() -> str:
-    """The instruction set that the extension uses here: 'avx512', 'avx2' or 'generic'."""
+    """The instruction set that the extension uses here: 'avx512_bf16', 'avx512', 'avx2' or 'generic'."""
     require()
     return str(_native.isa())
 
@@ -64,14 +64,15 @@ def row_grads_(
     temperature: float,
     softcap: float,
     out_dtype: torch.dtype,
+    room: Tensor | None = None,
 ) -> Tensor:
-    """C++ twin of passes_torch.row_grads_. A bfloat16 gradient of float32 logits gets memory of its own: torch's
-    CPU matrix product of bfloat16 rows with gaps between them reads into the gaps.
+    """C++ twin of passes_torch.row_grads_. A bfloat16 gradient of float32 logits goes to `room`, or memory of its
+    own, not into theirs: torch's CPU matrix product of bfloat16 rows with gaps between them reads into the gaps.
     """
     rows, vocab = logits.shape
     out = logits
     if out_dtype == torch.bfloat16 and logits.dtype == torch.float32:
-        out = torch.empty(rows, vocab, dtype=out_dtype)
+        out = torch.empty(rows, vocab, dtype=out_dtype) if room is None else room
     pointers = [0 if g is None else g.data_ptr() for g in (d_logps, d_entropy, d_lse)]
     _native.row_grads(
         logits.data_ptr(), CODES[logits.dtype], out.data_ptr(), CODES[out.dtype], rows, vocab, logits.stride(0),

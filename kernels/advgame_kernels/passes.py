@@ -81,10 +81,13 @@ def row_grads_(
     softcap: float,
     out_dtype: torch.dtype,
     impl: str,
+    room: Tensor | None = None,  # (N, V) out_dtype: memory for what cannot take that of `logits`
 ) -> Tensor:  # (N, V) out_dtype, usually in the memory of `logits`
     """One read and one write; see passes_torch.row_grads_ for the formula. The contents of `logits` are lost."""
     if impl == "native":
-        return native.row_grads_(logits, labels, stats, d_logps, d_entropy, d_lse, temperature, softcap, out_dtype)
+        return native.row_grads_(
+            logits, labels, stats, d_logps, d_entropy, d_lse, temperature, softcap, out_dtype, room
+        )
     if impl == "triton":
         from advgame_kernels import passes_triton
 

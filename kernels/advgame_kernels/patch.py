@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,17 @@ from advgame_kernels.linear_logprobs import linear_logprobs
 from advgame_kernels.linear_preference import linear_preference_loss
 from advgame_kernels.types import LogProbs, PreferenceOutput
 
+
+def _keywords(function: Callable[..., Any]) -> set[str]:
+    """Settings of a linear function that a call of the patched model may give; the others come from the model."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"bias", "softcap", "process_group"}
+
+
+OURS = {
+    "logprobs": _keywords(linear_logprobs),
+    "preference": _keywords(linear_preference_loss) | {"ref_logps", "lengths"},
+}
 IGNORED = -100  # the label of a position that nobody scores
 # Other multipliers of the logits, by the name that a model's configuration gives them.
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -165,13 +177,3 @@ def patch_model(model: Any) -> Any:
     model.forward = forward
     model._advgame_patched = True
     return model
-
-
-_COMMON = ("temperature", "chunk_bytes", "logits_dtype", "impl")
-OURS = {
-    "logprobs": _COMMON,
-    "preference": (
-        *_COMMON, "ref_logps", "lengths", "kind", "beta", "average", "label_smoothing", "robust", "simpo_gamma",
-        "discopop_tau", "nll_weight", "entropy_weight", "normalizer",
-    ),
-}  # fmt: skip

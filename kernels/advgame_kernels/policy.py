@@ -11,6 +11,7 @@ from torch import Tensor
 
 from advgame_kernels import passes
 from advgame_kernels._checks import describe, floating, non_negative, positive, refuse, vector
+from advgame_kernels._twins import twin_of
 from advgame_kernels.preference import Factors
 from advgame_kernels.types import PolicyOutput
 
@@ -201,6 +202,7 @@ def policy_loss(
     return finish(terms.loss.sum().to(dtype), logps.to(dtype), terms, weights, None, dtype)
 
 
+@twin_of(policy_loss)
 def policy_loss_ref(
     logps: Tensor,  # (N,)
     advantages: Tensor,  # (N,)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from advgame_kernels import passes
 from advgame_kernels._checks import describe, floating, refuse, vector
+from advgame_kernels._twins import twin_of
 from advgame_kernels.preference_kinds import PreferenceSpec, pair_losses
 from advgame_kernels.types import PreferenceOutput
 
@@ -197,6 +198,7 @@ def _preference_loss_triton(
     return assemble(loss, terms, None, spec.beta, dtype)
 
 
+@twin_of(preference_loss)
 def preference_loss_ref(
     policy_logps: Tensor,  # (2P,)
     ref_logps: Tensor | None,  # (2P,)

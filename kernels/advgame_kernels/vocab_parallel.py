@@ -56,3 +56,13 @@ def make_shard(weight: Tensor, group: dist.ProcessGroup | None) -> VocabShard | 
         return None
     size = weight.shape[0]
     return VocabShard(group, dist.get_rank(group) * size, size, dist.get_world_size(group))
+
+
+def whole_vocabulary(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:  # (V / ranks, …) -> (V, …)
+    """All shards in rank order, this rank's own still attached to its graph; `x` itself without a group."""
+    if group is None:
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x.detach().contiguous(), group=group)
+    parts[dist.get_rank(group)] = x
+    return torch.cat(parts)

@@ -84,6 +84,23 @@ def test_native_equals_reference_to_the_last_bit_or_the_next():
         torch.testing.assert_close(x, y, rtol=1.2e-7, atol=1e-8)
 
 
+@pytest.mark.skipif(not native.available(), reason="no extension")
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16])
+def test_large_tensors_with_a_copy_at_any_address(offset, param_dtype):
+    # Large copies bypass the caches, which asks for aligned addresses: the ends are written one by one.
+    n = (1 << 20) + 21
+    g = torch.Generator().manual_seed(0)
+    shadow, param = torch.randn(n, generator=g), torch.randn(n, generator=g).to(param_dtype)
+    room = torch.full((n + 8,), 7.0, dtype=torch.bfloat16)
+    want = shadow + (param.float() - shadow) * 0.25
+    ak.ema_update_([shadow], [param], 0.75, publish=[room[offset : offset + n]], impl="native")
+    torch.testing.assert_close(shadow, want, rtol=2e-7, atol=2e-7)
+    assert torch.equal(room[offset : offset + n], shadow.bfloat16())
+    assert (room[:offset] == 7).all()
+    assert (room[offset + n :] == 7).all()
+
+
 @NEEDS_TRITON
 def test_one_triton_launch_finds_every_segment_of_every_tensor(monkeypatch):
     from advgame_kernels import ema_triton

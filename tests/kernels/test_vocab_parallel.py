@@ -31,6 +31,13 @@ def compare(rank: int, impl: str, fn: Any, whole: tuple, shard: tuple, *args: An
         o.loss if hasattr(o, "loss") else (o.logps + 0.3 * o.entropy + 0.1 * o.lse).sum() for o in (got, want)
     )
     full = grads_of(exact, hidden, weight, bias)
+    twin = getattr(ak, f"{fn.__name__}_ref")(
+        hidden, local_w, *args, bias=local_b, **settings, process_group=dist.group.WORLD
+    )
+    torch.testing.assert_close(twin[0], want[0], **close)
+    if hasattr(twin, "loss"):
+        for a, b in zip(grads_of(twin.loss, hidden, local_w), (full[0], full[1][mine]), strict=True):
+            torch.testing.assert_close(a, b, **close)
     for a, b in zip(grads_of(scalar, hidden, local_w, local_b), (full[0], full[1][mine], full[2][mine]), strict=True):
         torch.testing.assert_close(a, b, **close)
 
