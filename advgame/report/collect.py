@@ -110,7 +110,7 @@ def collect(
         judges=judges,
         signs=signs_of(curves, judges, 2.0 if zero_sum else 10.0),
         seconds={key: sum(series.values) for key, series in curves.items() if key.startswith("seconds/")},
-        energy={key: sum(series.values) for key, series in curves.items() if key.startswith("energy/")},
+        energy=_energy(curves),
         trees=Trees(recorded, store.index()),
         warnings=warnings,
     )
@@ -196,6 +196,15 @@ def _summary(folder: RunFolder) -> list[tuple[str, float | None, float | None]]:
     values = json.loads(folder.summary.read_text(encoding="utf-8"))
     table = [(label, values.get(f"{name}_before"), values.get(f"{name}_after")) for name, label in names.LABELS.items()]
     return [row for row in table if row[1:] != (None, None)]
+
+
+def _energy(curves: Curves) -> dict[str, float]:
+    """What a run used in all, by label; only `(J)` is measured energy, processor seconds are always recorded."""
+    labels = {"energy/joules": "energy, all (J)", "energy/co2e_g": "CO2e (g)", "energy/process_cpu_s": "processor (s)"}
+    for key in curves:
+        if key.startswith("energy/") and key.endswith("_joules"):
+            labels[key] = f"energy, {key.removeprefix('energy/').removesuffix('_joules').replace('/', ' ')} (J)"
+    return {label: sum(curves[key].values) for key, label in labels.items() if key in curves}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

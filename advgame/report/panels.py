@@ -293,7 +293,11 @@ def _diversity(metrics: Sequence[str]) -> Panel:
 
 def _effort(metrics: Sequence[str]) -> Panel:
     stages = tuple(Line(names.stage_seconds(stage), stage) for stage in names.STAGES)
-    energy = tuple(Line(m, m.split("/", 1)[1].replace("_", " ")) for m in metrics if m.startswith("energy/"))
+
+    def energy(ending: str) -> tuple[Line, ...]:
+        found = [m for m in metrics if m.startswith("energy/") and m.endswith(ending)]
+        return tuple(Line(m, m.removeprefix("energy/").removesuffix(ending).replace("/", " ")) for m in found)
+
     publish = tuple(Line(m, m.split("/", 1)[1].replace("_ms", "")) for m in metrics if m.startswith("publish/"))
     return Panel(
         "effort",
@@ -303,7 +307,10 @@ def _effort(metrics: Sequence[str]) -> Panel:
             Chart("Seconds by stage", stages, "stack", unit="s"),
             Chart("Trees a second of play", (Line(names.TREES_PER_SECOND, "trees"),), unit="trees/s"),
             Chart("Publishing", publish, unit="ms"),
-            Chart("Energy", energy, "stack"),
+            Chart("Energy of a step", energy("_joules"), "stack", unit="J"),
+            Chart("Power", energy("_watts"), unit="W"),
+            Chart("Busy", energy("_busy"), range=_RATE),
+            Chart("Memory", energy("_memory_gib"), unit="GiB"),
         ),
     )
 

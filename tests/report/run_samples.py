@@ -60,6 +60,7 @@ def make_run(root, name="run", steps=12, trees=6, noise=0, ended=True):
                     names.stage_seconds("play"): 1.5,
                     names.stage_seconds("learn"): 0.5,
                     names.STEP_SECONDS: 2.0,
+                    "energy/process_cpu_s": 1.0,
                     "count/judge_no_verdict": float(step // 4),
                     "count/judge_swaps": 10.0 * (step + 1),
                     "count/judge_swap_disagreements": 3.0 * (step + 1),

@@ -91,7 +91,7 @@ def test_data(page):
     assert ["steps", "12"] in run["facts"]
     assert run["summary"] == [["exploitability ↓", 0.8, 0.35]]
     assert run["seconds"] == {"seconds/play": 18.0, "seconds/learn": 6.0, "seconds/step": 24.0}
-    assert run["energy"] == {}
+    assert run["energy"] == {"processor (s)": 12.0}
     assert run["trees"] == {"recorded": 72, "shown": 72}
     states = {sign["key"]: sign["state"] for sign in run["signs"]}
     assert states["position"] == "look", "30 % of the swapped pairs disagree"
@@ -113,6 +113,19 @@ def test_panels_name_only_what_was_measured(page):
         "Training trees, as judged",
     ]
     assert len({line for line in drawn if line.startswith("errors/")}) == 1
+
+
+def test_energy_is_summed_and_power_is_not(tmp_path):
+    run = make_run(tmp_path, steps=2)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    more = {"energy/gpu/attacker_joules": 30.0, "energy/gpu/attacker_watts": 15.0, "energy/joules": 30.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row | more) + "\n" for row in rows))
+    page = Page(write_report([run], None, quiet=True))
+    found = page.data["runs"][0]["energy"]
+    assert found == {"energy, all (J)": 60.0, "processor (s)": 2.0, "energy, gpu attacker (J)": 60.0}
+    charts = next(panel["charts"] for panel in page.data["panels"] if panel["key"] == "effort")
+    lines = {chart["title"]: [line["label"] for line in chart["lines"]] for chart in charts}
+    assert lines["Energy of a step"] == lines["Power"] == ["gpu attacker"]
 
 
 def test_the_program_is_every_module(page):

@@ -127,9 +127,9 @@ function effortTable({ runs, stages }) {
   const rows = measured.sort((a, b) => rank(a) - rank(b)).map(key => [label(key), ...runs.map(run => cell(run, key))]);
   rows.push(['all', ...runs.map(run => h('b', {}, clock(run.seconds['seconds/step'])))]);
   const energy = [...new Set(runs.flatMap(run => Object.keys(run.energy)))];
-  for (const key of energy) rows.push([key.replace('/', ', '), ...runs.map(run => number(run.energy[key]))]);
+  for (const key of energy) rows.push([key, ...runs.map(run => number(run.energy[key]))]);
   return h('div', { class: 'card' }, table(['time by stage', ...runs.map(run => (runs.length > 1 ? run.name : ''))], rows, { label: 'Time by stage' }),
-    !energy.length && h('p', { class: 'missing' }, 'Energy is not available: the metrics hold none.'));
+    !energy.some(key => key.endsWith('(J)')) && h('p', { class: 'missing' }, 'Energy is not available: the metrics hold none.'));
 }
 
 function settingsSection(runs) {
