@@ -7,6 +7,7 @@ Run as `python -m advgame.world.training ROLE SETTINGS_JSON FOLDER`; `warmstart.
 from __future__ import annotations
 
 import math
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -157,8 +158,13 @@ def run_child(arguments: Sequence[str], make: Make) -> None:
     """What a warm start's process does with its arguments: role, settings as JSON, folder."""
     role, settings, folder = arguments
     torch.set_num_threads(1)
+    # whoever else prints (a library's logger) prints with the errors: the parent reads steps and losses only
+    progress = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     model, tokenizer = make(
-        WorldSettings.model_validate_json(settings), role, lambda step, loss: print(step, loss, flush=True)
+        WorldSettings.model_validate_json(settings),
+        role,
+        lambda step, loss: print(step, loss, file=progress, flush=True),
     )
     model.save_pretrained(Path(folder))
     tokenizer.save_pretrained(Path(folder))
