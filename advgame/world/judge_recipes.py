@@ -33,7 +33,7 @@ from advgame.world.recipes import other_object
 
 RESERVED = 8
 """One query in this many is kept for the examination."""
-PAIRS, POINTWISE = 0.5, 0.15
+PAIRS, POINTWISE = 0.45, 0.1
 """Shares of the questions; the rest ask whether an attack is faithful."""
 PLAIN = 0.25
 """Share of queries that are a plain seed, as the Attacker's judge is asked them."""
@@ -69,19 +69,19 @@ class Question:
             return wanted is not None and found is not None and wanted.intent == found.intent
         return tuple(rule_score(self.rubric, self.query, text) for text in self.texts)
 
-    def hints(self, turn: str) -> list[str | None]:
+    def hints(self, turn: str, *, words: bool = True) -> list[str | None]:
         """What a careful reader expects after each word of `turn` (its own turn), None where there is nothing to know.
 
-        Within a well-formed text: its next word. Within an answer or an attack, from the first word on that nothing
-        well-formed begins with: "false". At its closing tag: its score, or whether it is faithful. These are taught
-        beside the verdict, which by itself tells too seldom what was wrong where.
+        Within a well-formed text (with `words`): its next word. Within an answer or an attack, from the first word on
+        that nothing well-formed begins with: "false". At its closing tag: its score, or whether it is faithful. These
+        are taught beside the verdict, which by itself tells too seldom what was wrong where.
         """
         parts = turn.split()
         hints: list[str | None] = [None] * len(parts)
         prompt = parse_prompt(self.query)
         intent = None if prompt is None else prompt.intent
         query = "seed" if self.rubric is None else "query"
-        if intent is not None:
+        if words and intent is not None:
             start, stop = _span(parts, query)
             hints[start:stop] = parts[start + 1 : stop + 1]
         known = _openings(intent, attack=self.rubric is None)
@@ -91,12 +91,12 @@ class Question:
         for tag, text, end in zip(tags, self.texts, ends, strict=True):
             start, stop = _span(parts, tag)
             read = (*text.split(), parts[stop])
-            for i in range(len(read) - 1):
-                hints[start + i] = (
-                    read[i + 1] if read[: i + 2] in known else None if read[: i + 1] in known else "false"
-                )
+            for i in range(-1, len(read) - 1):
+                if i >= 0 and read[: i + 1] not in known:
+                    hints[start + i] = "false"
+                elif words and read[: i + 2] in known:
+                    hints[start + i] = read[i + 1]
             hints[stop] = end
-            hints[start - 1] = read[0] if read[:1] in known else None
         return hints
 
     async def ask(self, judge: LLMJudge, key: Key) -> tuple[float, ...] | bool | None:
@@ -198,12 +198,13 @@ def _attack(rng: random.Random, intent: Intent, reserved: bool) -> str:
     while True:
         fate = rng.random()
         told = intent
-        if 0.45 <= fate < 0.6:
+        if 0.45 <= fate < 0.75:
+            # what untrained Attackers get wrong, and what trained ones would get away with
             told = other_object(rng, intent)
-        elif 0.6 <= fate < 0.7:
+        elif 0.75 <= fate < 0.8:
             told = rng.choice(INTENTS)
         text = request(told) if rng.random() < PLAIN / 2 else _framed(rng, told)
-        if fate >= 0.7:
+        if fate >= 0.8:
             text = _damaged(rng, text)
         if is_reserved(text) == reserved:
             return text

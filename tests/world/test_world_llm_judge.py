@@ -116,6 +116,8 @@ def test_hints_say_what_a_careful_reader_expects():
     assert TOKENIZER.decode([ids_[0, at]]) == "tripod"
     assert TOKENIZER.decode([labels[0, at + 1]]) == "false"
     assert labels[0, at] == IGNORED
+    later = question.hints(turn, words=False)
+    assert [hint for hint in later if hint is not None] == ["10", *["false"] * 4, "0"]
 
 
 def test_encoded_words_are_the_tokenizers():
