@@ -26,17 +26,32 @@ class HeadShape:
         return f"{self.rows} rows, vocabulary {self.vocab}, width {self.width}"
 
 
-def copy_bandwidth(device: torch.device, repeats: int) -> float:
-    """Bytes a second, reads and writes both counted, of a copy or of a pass in place, whichever is faster here.
+@dataclass(frozen=True)
+class Bandwidth:
+    """Bytes a second of the plainest passes over memory, reads and writes both counted."""
 
-    On a CPU the copy loses: each line it writes is read first, and nobody counts that. Too large for most caches.
-    """
+    copy: float  # one tensor into another; a CPU also reads each line that it is going to write, which nobody counts
+    in_place: float  # one tensor read and written
+
+    @property
+    def best(self) -> float:
+        """What floors are computed from."""
+        return max(self.copy, self.in_place)
+
+
+def bandwidth(device: torch.device, repeats: int) -> Bandwidth:
+    """Measured on half a GiB, or 1 GiB on a GPU: too large for most caches."""
     elements = (1 << 28) if device.type == "cuda" else (1 << 27)
     source = torch.ones(elements, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     runs = {"copy": lambda: target.copy_(source), "in place": lambda: target.mul_(1.0)}
-    fastest = min(t.milliseconds for t in alternate(runs, device, repeats).values())
-    return 8.0 * elements / (fastest / 1e3)
+    copy, in_place = (8.0 * elements / (t.milliseconds / 1e3) for t in alternate(runs, device, repeats).values())
+    return Bandwidth(copy, in_place)
+
+
+def copy_bandwidth(device: torch.device, repeats: int) -> float:
+    """The faster of the two, for floors."""
+    return bandwidth(device, repeats).best
 
 
 def three_gemms(shape: HeadShape, dtype: torch.dtype, device: torch.device, repeats: int) -> float:

@@ -1,7 +1,7 @@
-"""The kernel library against its floors and its peers: `python -m bench kernels --device cpu|cuda [--out]`.
+"""The kernel library against its floors and its peers: `python -m bench kernels --device cpu|cuda [--grid] [--out]`.
 
 Floors come first, then every contender against them. `--out` writes bench/results/<device>-<date>.json and its plot;
-`--check` runs the tests first.
+`--check` runs the tests first. On the CPU memory is measured in processes of their own (bench/memory.py).
 """
 
 from __future__ import annotations
@@ -22,16 +22,21 @@ import advgame_kernels as ak
 import torch
 from advgame_kernels import native
 
-from bench import peers
-from bench.floors import HeadShape, copy_bandwidth, three_gemms
+from bench.floors import Bandwidth, bandwidth
+from bench.head import HeadCase, bench_preference
 from bench.margins import margin_errors
 from bench.plots import draw
 from bench.timing import alternate, table
 
+RESULTS = Path(__file__).parent / "results"
+# The issue's head and batch on the CPU, an 8 B model's on a GPU; --grid takes each of GRID's with every number of rows.
 SIZES = {
-    "cpu": {"head": HeadShape(1024, 8192, 256), "pairs": 4, "logits": (512, 32_768)},
-    "cuda": {"head": HeadShape(8192, 128_256, 4096), "pairs": 4, "logits": (8192, 131_072)},
+    "cpu": {"vocab": 151_936, "width": 896, "rows": 2048, "response": 0.6, "pairs": 4},
+    "cuda": {"vocab": 128_256, "width": 4096, "rows": 8192, "response": 1.0, "pairs": 4},
 }
+REPEATS = {"cpu": 2, "cuda": 7}  # rounds of the head, whose contenders take seconds each on a CPU
+GRID = {"Qwen2.5-0.5B": (151_936, 896), "Qwen2.5-7B": (152_064, 3584), "Llama-3.1-8B": (128_256, 4096)}
+GRID_ROWS, GRID_RESPONSE = (1024, 4096, 8192, 32_768), (0.3, 0.6, 1.0)
 
 
 def device_name(device: torch.device) -> str:
@@ -43,52 +48,12 @@ def device_name(device: torch.device) -> str:
     return found.group(1).strip() if found else platform.processor() or "cpu"
 
 
-def bench_preference(
-    shape: HeadShape, pairs: int, dtype: torch.dtype, device: torch.device, repeats: int
-) -> dict[str, Any]:
-    """linear_preference_loss forward and backward, against three bare GEMMs and the peers."""
-    floor = three_gemms(shape, dtype, device, repeats)
-    rate = shape.flops / floor * 1e3
-    print(f"\nlinear_preference_loss, {dtype}, {shape}, {pairs} pairs")
-    print(f"  floor: three bare GEMMs, {shape.flops / 1e12:.3g} TFLOP in {floor:.2f} ms ({rate / 1e12:.3g} TFLOP/s)")
-    g = torch.Generator(device="cpu").manual_seed(0)
-    hidden = torch.randn(shape.rows, shape.width, generator=g).to(device, dtype).requires_grad_()
-    weight = (torch.randn(shape.vocab, shape.width, generator=g) / shape.width**0.5).to(device, dtype).requires_grad_()
-    labels = torch.randint(0, shape.vocab, (shape.rows,), generator=g).to(device)
-    bounds = [shape.rows * i // (2 * pairs) for i in range(2 * pairs + 1)]
-    ref = torch.zeros(2 * pairs, device=device)
-
-    def ours(logits_dtype: torch.dtype | None) -> Callable[[], object]:
-        def run() -> None:
-            out = ak.linear_preference_loss(hidden, weight, labels, bounds, ref, logits_dtype=logits_dtype)
-            torch.autograd.grad(out.loss, (hidden, weight))
-
-        return run
-
-    def peer(loss: peers.Loss) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(loss(hidden, weight, labels, bounds, ref, 0.1), (hidden, weight))
-
-    contenders = {"ours, float32 logits": ours(torch.float32)}
-    if dtype != torch.float32:
-        contenders[f"ours, {str(dtype).removeprefix('torch.')} logits"] = ours(dtype)
-    for name, loss in peers.installed().items():
-        try:
-            peer(loss)()
-        except (ImportError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-            print(f"  {name}: left out ({type(error).__name__}: {str(error).splitlines()[0]})")
-            continue
-        contenders[name] = peer(loss)
-    timings = alternate(contenders, device, repeats)
-    print(table("  forward and backward", timings, floor))
-    return {"shape": asdict(shape), "floor_ms": floor, "timings": {k: asdict(v) for k, v in timings.items()}}
-
-
 def bench_logprobs(
-    rows: int, vocab: int, dtype: torch.dtype, device: torch.device, repeats: int, bandwidth: float
+    rows: int, vocab: int, dtype: torch.dtype, device: torch.device, repeats: int, memory: Bandwidth
 ) -> dict:
     """selective_logprobs forward and in-place backward, against reading once and reading and writing once."""
     size = rows * vocab * dtype.itemsize
-    floors = {"forward": size / bandwidth * 1e3, "backward": 2 * size / bandwidth * 1e3}
+    floors = {"forward": size / memory.best * 1e3, "backward": 2 * size / memory.best * 1e3}
     print(f"\nselective_logprobs, {dtype}, {rows} rows, vocabulary {vocab}")
     print(f"  floor: {size / 1e6:.0f} MB read, {floors['forward']:.2f} ms; back {floors['backward']:.2f} ms")
     logits = torch.randn(rows, vocab, device=device).to(dtype)
@@ -99,11 +64,16 @@ def bench_logprobs(
         x.gather(1, labels[:, None])
         (x.exp() * x).sum(dim=1)
 
-    forward = {"ours": lambda: ak.selective_logprobs(logits, labels), "eager torch": eager}
+    forward: dict[str, Callable[[], object]] = {
+        "ours": lambda: ak.selective_logprobs(logits, labels),
+        "eager torch": eager,
+    }
     if device.type == "cpu" and native.available():
         forward["ours, torch form"] = lambda: ak.selective_logprobs(logits, labels, impl="torch")
     timings = alternate(forward, device, repeats)
     print(table("  forward", timings, floors["forward"]))
+    share = size / (timings["ours"].milliseconds / 1e3) / memory.copy
+    print(f"  ours reads at {share:.0%} of copy bandwidth")
     leaf = logits.requires_grad_()
 
     def both(inplace: bool) -> Callable[[], object]:
@@ -120,20 +90,61 @@ def bench_logprobs(
     whole = alternate({"ours": both(False), "ours, in place": both(True), "eager torch": eager_both}, device, repeats)
     print(table("  forward and backward", whole, floors["forward"] + floors["backward"]))
     return {
-        "rows": rows, "vocab": vocab, "floors_ms": floors, "forward": {k: asdict(v) for k, v in timings.items()},
+        "rows": rows,
+        "vocab": vocab,
+        "floors_ms": floors,
+        "share_of_copy": share,
+        "forward": {k: asdict(v) for k, v in timings.items()},
         "both": {k: asdict(v) for k, v in whole.items()},
-    }  # fmt: skip
+    }
+
+
+def cases(options: argparse.Namespace) -> dict[str, HeadCase]:
+    """The heads to run, by name in the results."""
+    sizes = SIZES[options.device]
+    dtypes = (torch.bfloat16,) if options.device == "cuda" else (torch.float32, torch.bfloat16)
+    if options.grid:
+        shapes = [
+            (f"{name}, ", *head, n, share) for name, head in GRID.items() for n in GRID_ROWS for share in GRID_RESPONSE
+        ]
+    else:
+        chosen = {
+            k: sizes[k] if getattr(options, k) is None else getattr(options, k)
+            for k in ("vocab", "width", "rows", "response")
+        }
+        shapes = [("", *chosen.values())]
+    found = {}
+    for name, vocab, width, rows, share in shapes:
+        for dtype in dtypes:
+            case = HeadCase(vocab, width, rows, round(rows * share), options.pairs or sizes["pairs"], dtype)
+            found[f"preference: {name}{case}"] = case
+    return found
+
+
+def write(result: dict[str, Any], folder: Path) -> None:
+    """<folder>/<device>-<date>.json and its plot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    slug = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
+    path = folder / f"{slug}-{datetime.date.today().isoformat()}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, path.with_suffix(".svg"))
+    print(f"\nwritten: {path} and .svg")
 
 
 def main(arguments: list[str]) -> int:
     """Run everything on one device and print it; write JSON when asked."""
     parser = argparse.ArgumentParser(prog="python -m bench kernels", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds counted for each median")
-    parser.add_argument("--rows", type=int, help="rows of the head, in place of the device's default")
+    parser.add_argument("--repeats", type=int, help="rounds counted for each median (head: 2 on a CPU; 7 elsewhere)")
+    parser.add_argument("--rows", type=int, help="rows of the head's batch, in place of the device's default")
+    parser.add_argument("--response", type=float, help="share of the rows that predict a response token")
+    parser.add_argument("--pairs", type=int)
     parser.add_argument("--vocab", type=int)
     parser.add_argument("--width", type=int)
-    parser.add_argument("--out", action="store_true", help="write bench/results/<device>-<date>.json and .svg")
+    parser.add_argument(
+        "--grid", action="store_true", help="three models' heads, 1 k to 32 k rows, 30 to 100 % response"
+    )
+    parser.add_argument("--out", nargs="?", const=RESULTS, type=Path, help="write <device>-<date>.json and .svg here")
     parser.add_argument("--check", action="store_true", help="run tests/kernels first, and stop if they fail")
     options = parser.parse_args(arguments)
     if options.check:
@@ -142,26 +153,17 @@ def main(arguments: list[str]) -> int:
         if code:
             return code
     device, sizes = torch.device(options.device), SIZES[options.device]
-    shape = HeadShape(
-        options.rows or sizes["head"].rows, options.vocab or sizes["head"].vocab, options.width or sizes["head"].width
-    )
-    narrow = device.type == "cuda"
+    repeats = options.repeats or 7
     print(f"{device_name(device)}; torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
-    bandwidth = copy_bandwidth(device, options.repeats)
-    print(f"memory: {bandwidth / 1e9:.1f} GB/s, reads and writes both counted (copy or pass in place)")
-    result: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "copy_bytes_per_s": bandwidth}
+    memory = bandwidth(device, repeats)
+    print(f"memory: copy {memory.copy / 1e9:.1f} GB/s, in place {memory.in_place / 1e9:.1f} GB/s, reads + writes")
+    result: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "bytes_per_s": asdict(memory)}
     result["margins"] = margin_errors(device)
-    dtypes = (torch.bfloat16,) if narrow else (torch.float32, torch.bfloat16)
-    for dtype in dtypes:
-        name = str(dtype).removeprefix("torch.")
-        result[f"linear_preference_{name}"] = bench_preference(shape, sizes["pairs"], dtype, device, options.repeats)
-        result[f"logprobs_{name}"] = bench_logprobs(*sizes["logits"], dtype, device, options.repeats, bandwidth)
+    for name, case in cases(options).items():
+        result[name] = bench_preference(case, device, options.repeats or REPEATS[options.device])
+    for case in list(cases(options).values())[-2:]:
+        dtype = str(case.dtype).removeprefix("torch.")
+        result[f"logprobs: {dtype}"] = bench_logprobs(case.response, case.vocab, case.dtype, device, repeats, memory)
     if options.out:
-        folder = Path(__file__).parent / "results"
-        folder.mkdir(exist_ok=True)
-        slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-        path = folder / f"{slug}-{datetime.date.today().isoformat()}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        draw(result, path.with_suffix(".svg"))
-        print(f"\nwritten: {path} and .svg")
+        write(result, options.out)
     return 0

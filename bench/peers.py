@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from itertools import pairwise
@@ -14,7 +15,8 @@ TRL_CHUNK = 32_768  # vocabulary columns a tile, as TRL 1.16's trainers ask for
 Loss = Callable[[Tensor, Tensor, Tensor, list[int], Tensor, float], Tensor]
 
 
-def _dpo(tokens: Tensor, bounds: list[int], ref: Tensor, beta: float) -> Tensor:
+def dpo(tokens: Tensor, bounds: list[int], ref: Tensor, beta: float) -> Tensor:
+    """The sigmoid loss from token log-probs, for everybody who stops there."""
     sums = torch.stack([tokens[a:b].sum() for a, b in pairwise(bounds)])
     h = (sums - ref).view(-1, 2)
     return -F.logsigmoid(beta * (h[:, 0] - h[:, 1])).mean()
@@ -23,7 +25,7 @@ def _dpo(tokens: Tensor, bounds: list[int], ref: Tensor, beta: float) -> Tensor:
 def eager(hidden: Tensor, weight: Tensor, labels: Tensor, bounds: list[int], ref: Tensor, beta: float) -> Tensor:
     """Whole logits in the head's dtype, float32 log-softmax: what plain code does."""
     log_probs = torch.log_softmax((hidden @ weight.t()).float(), dim=1)
-    return _dpo(log_probs.gather(1, labels[:, None])[:, 0], bounds, ref, beta)
+    return dpo(log_probs.gather(1, labels[:, None])[:, 0], bounds, ref, beta)
 
 
 def trl(hidden: Tensor, weight: Tensor, labels: Tensor, bounds: list[int], ref: Tensor, beta: float) -> Tensor:
@@ -32,7 +34,7 @@ def trl(hidden: Tensor, weight: Tensor, labels: Tensor, bounds: list[int], ref: 
     out = chunked.ChunkedLogProbFunction.apply(
         hidden, weight, None, labels, 1.0, TRL_CHUNK, None, 1.0, ("log_probs", "entropy")
     )
-    return _dpo(out[0], bounds, ref, beta)
+    return dpo(out[0], bounds, ref, beta)
 
 
 def liger(hidden: Tensor, weight: Tensor, labels: Tensor, bounds: list[int], ref: Tensor, beta: float) -> Tensor:
@@ -50,17 +52,44 @@ def liger(hidden: Tensor, weight: Tensor, labels: Tensor, bounds: list[int], ref
     return loss(weight, x, y)[0]
 
 
-def installed() -> dict[str, Loss]:
-    """The eager form and every peer that imports here."""
-    found: dict[str, Loss] = {"eager torch": eager}
-    for name, module, loss in (
-        ("TRL, chunked log-probs", "trl.kernels.chunked_logprob", trl),
-        ("Liger, fused linear DPO", "liger_kernel.chunked_loss", liger),
-    ):
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            print(f"  {name}: left out ({error})")
-            continue
-        found[name] = loss
-    return found
+def torch_chunked(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bounds: list[int], ref: Tensor, beta: float
+) -> Tensor:
+    """torch's own chunked linear cross-entropy (2.13), a loss per token: its backward makes the logits again."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    losses = F.linear_cross_entropy(hidden, weight, labels, reduction="none", options=options)
+    return dpo(-losses.float(), bounds, ref, beta)
+
+
+def cut(hidden: Tensor, weight: Tensor, labels: Tensor, bounds: list[int], ref: Tensor, beta: float) -> Tensor:
+    """Apple's Cut Cross-Entropy, a loss per token."""
+    cce = importlib.import_module("cut_cross_entropy")
+    return dpo(-cce.linear_cross_entropy(hidden, weight, labels, reduction="none").float(), bounds, ref, beta)
+
+
+def quack(hidden: Tensor, weight: Tensor, labels: Tensor, bounds: list[int], ref: Tensor, beta: float) -> Tensor:
+    """QuACK's cross-entropy kernel on whole logits: its chunked linear form has one reduction for all tokens."""
+    kernel = importlib.import_module("quack.cross_entropy")
+    return dpo(-kernel.cross_entropy(hidden @ weight.t(), labels, reduction="none").float(), bounds, ref, beta)
+
+
+@functools.cache
+def _compiled() -> Loss:
+    return torch.compile(eager)
+
+
+def compiled(hidden: Tensor, weight: Tensor, labels: Tensor, bounds: list[int], ref: Tensor, beta: float) -> Tensor:
+    """`eager` through torch.compile."""
+    return _compiled()(hidden, weight, labels, bounds, ref, beta)
+
+
+# All who may be there: those who are not say so when they run.
+PEERS: dict[str, Loss] = {
+    "eager torch, torch.compile": compiled,
+    "torch, chunked cross-entropy": torch_chunked,
+    "TRL, chunked log-probs": trl,
+    "Liger, fused linear DPO": liger,
+    "Cut Cross-Entropy": cut,
+    "QuACK, whole logits": quack,
+}
+COMPILED = frozenset({"eager torch, torch.compile"})  # those whose first run at a size is no run

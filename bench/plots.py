@@ -32,10 +32,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
         names = list(timings)[::-1]
         values = [timings[n]["milliseconds"] for n in names]
         bars = axes.barh(names, values, color=["#1f6f8b" if n.startswith("ours") else "#b8b8b8" for n in names])
-        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+        extra = [timings[n].get("extra_bytes") for n in names]
+        labels = [f"{v:.2f}" + (f"   {e / 2**20:.0f} MiB" if e else "") for v, e in zip(values, extra, strict=True)]
+        axes.bar_label(bars, labels, padding=3, fontsize=8)
         axes.axvline(floor, color="#c0392b", linewidth=1)
-        axes.set_title(f"{title} (ms; line: floor {floor:.2f})", fontsize=9, loc="left")
-        axes.set_xlim(0, 1.15 * max(values))
+        axes.set_title(f"{title} (ms, extra memory; line: floor {floor:.2f})", fontsize=9, loc="left")
+        axes.set_xlim(0, 1.25 * max(values))
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
     figure.savefig(path)

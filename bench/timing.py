@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -18,7 +17,7 @@ class Timing:
 
     milliseconds: float  # median
     spread: float  # (third quartile − first) / median
-    extra_bytes: int | None  # peak of memory above what was there before, of the device or of this process
+    extra_bytes: int | None  # peak of memory above what was there before; None where nobody has measured it
 
 
 def _once(run: Callable[[], object], device: torch.device) -> float:
@@ -35,9 +34,9 @@ def _once(run: Callable[[], object], device: torch.device) -> float:
 
 
 def _extra_memory(run: Callable[[], object], device: torch.device) -> int | None:
-    gc.collect()
     if device.type != "cuda":
-        return _extra_resident(run)
+        return None
+    gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -46,28 +45,18 @@ def _extra_memory(run: Callable[[], object], device: torch.device) -> int | None
     return torch.cuda.max_memory_allocated() - before
 
 
-def _extra_resident(run: Callable[[], object]) -> int | None:
-    """Peak resident memory of this process above the level before, in bytes; Linux forgets the old peak when told."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        run()
-        return max(0, _status("VmHWM") - before)
-    except OSError:
-        return None
+def alternate(
+    contenders: Mapping[str, Callable[[], object]], device: torch.device, repeats: int, warm: bool = False
+) -> dict[str, Timing]:
+    """Medians of `repeats` rounds in which every contender runs once, after a run each that is not counted.
 
-
-def _status(name: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in text.splitlines() if line.startswith(f"{name}:")))
-
-
-def alternate(contenders: Mapping[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, Timing]:
-    """Medians of `repeats` rounds in which every contender runs once; two rounds of warm-up are not counted."""
+    The caller has made that run itself if the contenders are `warm`.
+    """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     memory = {}
     for name, run in contenders.items():
-        run()
+        if not warm:
+            run()
         memory[name] = _extra_memory(run, device)
     for _ in range(repeats):
         for name, run in contenders.items():
@@ -81,10 +70,11 @@ def alternate(contenders: Mapping[str, Callable[[], object]], device: torch.devi
 
 
 def table(title: str, timings: Mapping[str, Timing], floor_ms: float) -> str:
-    """The timings against a floor in milliseconds, as lines of text."""
-    lines = [title, f"  {'':34}{'ms':>10}{'× floor':>9}{'spread':>8}{'extra MiB':>11}"]
+    """The timings against a floor in milliseconds and against the first contender, as lines of text."""
+    lines = [title, f"  {'':34}{'ms':>10}{'× floor':>9}{'× first':>9}{'spread':>8}{'extra MiB':>11}"]
+    first = next(iter(timings.values()))
     for name, t in timings.items():
         extra = "" if t.extra_bytes is None else f"{t.extra_bytes / 2**20:.0f}"
-        ratio = t.milliseconds / floor_ms
-        lines.append(f"  {name:34}{t.milliseconds:10.2f}{ratio:9.2f}{t.spread:8.0%}{extra:>11}")
+        ratios = f"{t.milliseconds / floor_ms:9.2f}{t.milliseconds / first.milliseconds:9.2f}"
+        lines.append(f"  {name:34}{t.milliseconds:10.2f}{ratios}{t.spread:8.0%}{extra:>11}")
     return "\n".join(lines)
