@@ -152,7 +152,7 @@ def main(arguments: list[str]) -> int:
         code = subprocess.run([sys.executable, "-m", "pytest", str(tests)], check=False).returncode
         if code:
             return code
-    device, sizes = torch.device(options.device), SIZES[options.device]
+    device = torch.device(options.device)
     repeats = options.repeats or 7
     print(f"{device_name(device)}; torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
     memory = bandwidth(device, repeats)
