@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train train3 test test-fast test-vllm lint bench bench-gpu clean
+.PHONY: train train3 test test-fast test-vllm lint docs bench bench-gpu clean
 
 train: $(VENV)/.train
 	$(BIN)/advgame train configs/tiny.yaml
@@ -25,12 +25,18 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.dev
+	$(BIN)/python scripts/settings-reference.py
+	$(BIN)/mkdocs build -q -d build/site
+
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench kernels
 
 # On a machine whose own Python has torch with CUDA and triton: correctness on the card, then every kernel benchmark.
 bench-gpu:
 	PYTHONPATH=.:kernels python3 -m bench kernels --device cuda --check --out bench/results
+	PYTHONPATH=.:kernels python3 -m bench ema --device cuda --out
+	PYTHONPATH=.:kernels python3 -m bench publish --device cuda --out
 
 SETUP := pyproject.toml setup.py constraints.txt scripts/setup.sh $(wildcard csrc/*)
 

@@ -1,4 +1,4 @@
-"""The command line: `advgame train | resume | config | data | publish`. Bad input: one line on stderr, exit code 2."""
+"""The command line: `advgame COMMAND`. Bad input: one line on stderr, exit code 2."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from advgame import __version__
+from advgame.doctor import add_doctor_arguments
 from advgame.game.dataset import add_data_arguments
+from advgame.lab.arguments import add_lab_arguments
+from advgame.plan.arguments import add_plan_arguments
 
 MISSING = {
     "pydantic": "train", "yaml": "train", "transformers": "train", "rich": "train", "tensorboard": "train",
@@ -54,6 +57,27 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_data_arguments(commands.add_parser("data", help="describe, clean and split a seed file"))
 
+    doctor = commands.add_parser(
+        "doctor",
+        help="check this machine",
+        description="Looks at versions, GPUs, memory, disk and ports; changes nothing.",
+    )
+    add_doctor_arguments(doctor)
+
+    plan = commands.add_parser(
+        "plan",
+        help="split GPUs among trainer and engines",
+        description="Estimates memory, time and energy of a config on so many GPUs; loads no weights.",
+    )
+    add_plan_arguments(plan)
+
+    lab = commands.add_parser(
+        "lab",
+        help="play every variant in the tiny world",
+        description="Plays the variants of the game over seeds and tables them; continues where it stopped.",
+    )
+    add_lab_arguments(lab)
+
     publish = commands.add_parser(
         "publish",
         help="show how weights reach an engine",
@@ -89,7 +113,7 @@ def _main(argv: list[str]) -> int:
 
     arguments, overrides = build_parser().parse_known_args(argv)
     try:
-        if overrides and arguments.command in ("data", "publish"):
+        if overrides and arguments.command in ("data", "lab", "publish"):
             raise InputError(f"unexpected argument {overrides[0]!r}; see advgame {arguments.command} --help")
         return COMMANDS[arguments.command](arguments, overrides)
     except InputError as error:
@@ -169,13 +193,34 @@ def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return run_data(arguments)
 
 
+def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from advgame.doctor import run_doctor
+
+    return run_doctor(arguments, overrides)
+
+
+def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from advgame.plan.command import run_plan
+
+    return run_plan(arguments, overrides)
+
+
+def _lab(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from advgame.lab.command import run_lab
+
+    return run_lab(arguments)
+
+
 def _publish(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from advgame.publish.command import run_publish
 
     return run_publish(arguments)
 
 
-COMMANDS = {"train": _train, "resume": _resume, "config": _config, "data": _data, "publish": _publish}
+COMMANDS = {
+    "train": _train, "resume": _resume, "config": _config, "data": _data, "doctor": _doctor, "lab": _lab, "plan": _plan,
+    "publish": _publish,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

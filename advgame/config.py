@@ -115,6 +115,11 @@ class LearnSettings(Section):
     weight_decay: NonNegativeFloat = Field(0.1, description="AdamW decoupled weight decay.")
     clip_norm: PositiveFloat = Field(1.0, description="Gradient-norm clip of each update.")
     ema_decay: Decay = Field(0.95, description="Decay of the players' moving averages.")
+    ema_schedule: Literal["constant", "warmup", "power"] = Field(
+        "constant",
+        description="Decay of average number t: ema_decay; at most (1+t)/(10+t); or (1-1/t)^(ema_gamma+1) (EDM2).",
+    )
+    ema_gamma: PositiveFloat = Field(6.94, description="power: exponent; 6.94 averages over about 10 % of the steps.")
     accumulate: bool = Field(False, description="One update a step over both categories; off: one each.")
     micro_tokens: PositiveInt = Field(
         16384,
@@ -180,6 +185,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a config is a mapping of sections, found {type(tree).__name__}")
+    tree = _apart(tree)
     for field, value in parse_overrides(overrides):
         _put(tree, field, value)
     return build_config(tree, str(path))
@@ -236,6 +242,13 @@ def _scalar(text: str) -> Any:
         except ValueError:
             return value
     return value
+
+
+def _apart(value: Any) -> Any:
+    """A copy in which nothing is shared: YAML aliases are one object, and an override must change one of them only."""
+    if isinstance(value, dict):
+        return {key: _apart(item) for key, item in value.items()}
+    return [_apart(item) for item in value] if isinstance(value, list) else value
 
 
 def _put(tree: dict[str, Any], field: str, value: Any) -> None:

@@ -29,8 +29,8 @@ from bench.plots import draw
 from bench.timing import alternate, table
 
 SIZES = {
-    "cpu": {"head": HeadShape(1024, 8192, 256), "pairs": 4, "ema": 64 << 20, "logits": (512, 32_768)},
-    "cuda": {"head": HeadShape(8192, 128_256, 4096), "pairs": 4, "ema": 1 << 30, "logits": (8192, 131_072)},
+    "cpu": {"head": HeadShape(1024, 8192, 256), "pairs": 4, "logits": (512, 32_768)},
+    "cuda": {"head": HeadShape(8192, 128_256, 4096), "pairs": 4, "logits": (8192, 131_072)},
 }
 
 
@@ -125,30 +125,6 @@ def bench_logprobs(
     }  # fmt: skip
 
 
-def bench_ema(parameters: int, device: torch.device, repeats: int, bandwidth: float) -> dict[str, Any]:
-    """ema_update_ with a bf16 copy, against 14 bytes a parameter."""
-    floor = 14.0 * parameters / bandwidth * 1e3
-    print(f"\nema_update_ with bf16 copy, {parameters / 1e6:.1f} M parameters in 64 tensors")
-    print(f"  floor: {14 * parameters / 1e6:.0f} MB at the memory's rate, {floor:.2f} ms")
-    sizes = [parameters // 64] * 64
-    shadow = [torch.zeros(n, device=device) for n in sizes]
-    params = [torch.ones(n, device=device) for n in sizes]
-    publish = [torch.empty(n, device=device, dtype=torch.bfloat16) for n in sizes]
-
-    def foreach() -> None:
-        torch._foreach_lerp_(shadow, params, 0.05)
-        torch._foreach_copy_(publish, shadow)
-
-    contenders = {
-        "ours": lambda: ak.ema_update_(shadow, params, 0.95, publish=publish),
-        "torch foreach (two passes)": foreach,
-        "torch, a tensor at a time": lambda: ak.ema_update_ref_(shadow, params, 0.95, publish=publish),
-    }
-    timings = alternate(contenders, device, repeats)
-    print(table("  update and publish", timings, floor))
-    return {"parameters": parameters, "floor_ms": floor, "timings": {k: asdict(v) for k, v in timings.items()}}
-
-
 def main(arguments: list[str]) -> int:
     """Run everything on one device and print it; write JSON when asked."""
     parser = argparse.ArgumentParser(prog="python -m bench kernels", description=__doc__)
@@ -180,7 +156,6 @@ def main(arguments: list[str]) -> int:
         name = str(dtype).removeprefix("torch.")
         result[f"linear_preference_{name}"] = bench_preference(shape, sizes["pairs"], dtype, device, options.repeats)
         result[f"logprobs_{name}"] = bench_logprobs(*sizes["logits"], dtype, device, options.repeats, bandwidth)
-    result["ema"] = bench_ema(sizes["ema"], device, options.repeats, bandwidth)
     if options.out:
         folder = Path(__file__).parent / "results"
         folder.mkdir(exist_ok=True)

@@ -147,3 +147,11 @@ def test_every_field_is_documented():
     assert len(fields) > 60
     for name, _, meaning in fields:
         assert meaning.endswith((".", ")")), f"{name} has no description"
+
+
+def test_an_override_changes_one_of_two_aliased_sections(tmp_path):
+    """configs/ write `defender: *player`; YAML hands both names the same object."""
+    path = tmp_path / "c.yaml"
+    path.write_text("world: {}\njudge: {kind: rule}\nattacker: &player\n  sampling: {top_p: 0.9}\ndefender: *player\n")
+    config = load_config(path, ["--defender.sampling.top_p", "0.5"])
+    assert (config.attacker.sampling.top_p, config.defender.sampling.top_p) == (0.9, 0.5)

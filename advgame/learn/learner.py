@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import torch
-from advgame_kernels import ema_update_
+from advgame_kernels import ema_decay
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -39,17 +40,27 @@ from advgame.learn.objective import (
 from advgame.learn.optimizer import clipped_step, make_optimizer
 from advgame.learn.packing import PackedBatch, pack
 from advgame.learn.reference import ReferenceChoice, snapshot, weights_of
+from advgame.publish.capture import PublishPass
 from advgame.rollout.chat import first_line
 
 Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class SamplerGap:
+    """|sampler − trainer| of summed log-probs, nats a sequence: mean and largest; and the mean length in tokens."""
+
+    mean: float
+    largest: float
+    tokens: float
 
 
 class Learner:
     """One player in training.
 
     model: live player, fp32, packed attention. shadow: fp32 EMA by parameter name, empty when the live player
-    samples. initial: the weights before training, kept only where an objective refers to them. notes: what a user
-    should know of how it trains.
+    samples. initial: the weights before training, kept only where an objective refers to them. updates: optimiser steps
+    made; averages: steps of the shadow. notes: what a user should know of how it trains.
     """
 
     def __init__(
@@ -86,6 +97,8 @@ class Learner:
         self.optimizer = make_optimizer(self.parameters.values(), settings, self.base_lr, self.model.device)
         self.reference = ReferenceChoice(settings.reference, settings.reference_tolerance)
         self.updates = 0
+        self.averages = 0
+        self._publish = PublishPass()
 
     def _head_checked(self, field: str) -> None:
         config = self.model.config.get_text_config()
@@ -130,6 +143,7 @@ class Learner:
             if recomputed:
                 gap = sampled - reference
                 meter.add("reference_gap", gap.abs().mean() * share)
+                meter.most("reference_gap_max", gap.abs().max())
                 if self.settings.length_normalised:
                     gap = gap / sequence_lengths(batch)
                 shift = gap[0::2] - gap[1::2]
@@ -154,6 +168,18 @@ class Learner:
         initial = self.reference.decided == "initial"
         logps = self._reference_logps(batch, self.initial if initial else self.shadow)
         return sequence_sums(logps, batch), not initial
+
+    def sampler_gap(self, samples: Sequence[Sample]) -> SamplerGap:
+        """How far the sampler's log-probs are from these weights' own, on as many samples as one forward takes.
+
+        Called before an update: what sampled is then the average (the live player where there is none), unchanged.
+        """
+        part, *_ = micro_batches(((s, (s,)) for s in samples), self.settings.micro_tokens)
+        batch = pack(part, self.model.device, share=self.share)
+        weights = self.shadow or {name: p.data for name, p in self.parameters.items()}
+        gap = sequence_sums(batch.sampler_logps - self._reference_logps(batch, weights), batch).abs()
+        mean, largest = torch.stack([gap.mean(), gap.max()]).tolist()
+        return SamplerGap(mean, largest, batch.row_bounds[-1] / batch.sequences)
 
     def update_groups(self, groups: Sequence[Group], progress: float) -> Metrics:
         """One optimiser step of GRPO or REINFORCE++ on `groups`. No member that learns: no step."""
@@ -215,18 +241,16 @@ class Learner:
     @torch.no_grad()
     def publish_into(self, served: Mapping[str, Tensor]) -> None:
         """Moves the EMA one step and writes it into an engine's tensors in the same pass (live player: a copy)."""
-        names = list(self.parameters)
-        destinations = [served[name] for name in names]
-        live = [self.parameters[name].data for name in names]
         if self.shadow:
-            shadow = [self.shadow[name] for name in names]
-            # an engine whose weights go through host memory is written in a second pass
-            near = all(out.device == own.device for out, own in zip(destinations, shadow, strict=True))
-            ema_update_(shadow, live, self.settings.ema_decay, publish=destinations if near else None)
-            if not near:
-                torch._foreach_copy_(destinations, shadow)
+            self._publish(self.shadow, self.parameters, served, self._next_decay())
         else:
-            torch._foreach_copy_(destinations, live)
+            self.serve_into(served)
+
+    def _next_decay(self) -> float:
+        """Counts an update of the shadow and returns its decay."""
+        self.averages += 1
+        how = self.settings
+        return ema_decay(how.ema_schedule, self.averages, decay=how.ema_decay, gamma=how.ema_gamma)
 
     @torch.no_grad()
     def serve_into(self, served: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ import mmap
 import os
 import warnings
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from advgame.errors import InputError
+from advgame.publish.plan import Plan
 
 
 class Arena:
@@ -48,6 +50,36 @@ class Arena:
             self._fd = None
 
 
+class SharedMemory:
+    """One arena for all ranks of an engine on this machine, made when their plans are known."""
+
+    def __init__(self, field: str = "rollout.vllm.transport"):
+        self._field = field
+        self._arena: Arena | None = None
+        self.parts: list[Tensor] = []
+
+    def grant(self, plans: Sequence[Plan], _devices: Sequence[str]) -> list[dict[str, Any]]:
+        """Where each rank finds its part, as plain data. Raises InputError: not enough memory."""
+        sizes = [plan.layout()[1] for plan in plans]
+        starts = [sum(sizes[:rank]) for rank in range(len(sizes))]
+        self.close()
+        self._arena = Arena(sum(sizes), self._field)
+        self.parts = [self._arena.bytes[a : a + n] for a, n in zip(starts, sizes, strict=True)]
+        path = self._arena.path
+        return [{"kind": "shm", "path": path, "start": a, "size": n} for a, n in zip(starts, sizes, strict=True)]
+
+    def settled(self) -> None:
+        """Every rank has mapped it: nobody else can any more."""
+        if self._arena is not None:
+            self._arena.close()
+
+    def close(self) -> None:
+        self.parts = []
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
+
+
 def mapped(path: str, size: int) -> Tensor:
     """A writable uint8 tensor over a shared file; it holds the mapping. OSError or ValueError: not there, too small."""
     with open(path, "r+b") as file:
@@ -66,9 +98,23 @@ def flat_view(arena: Tensor, offset: int, elements: int, dtype: torch.dtype) -> 
 
 
 def checksum(tensor: Tensor) -> int:
-    """crc32 of a CPU tensor's bytes, in the order of its elements."""
-    data: Any = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
-    return zlib.crc32(data)
+    """Of a tensor's bytes, in the order of its elements: crc32 on the CPU, `device_checksum` elsewhere."""
+    data: Any = tensor.detach().contiguous().flatten().view(torch.uint8)
+    return zlib.crc32(data.numpy()) if data.device.type == "cpu" else device_checksum(data)
+
+
+def device_checksum(data: Tensor) -> int:
+    """Sum of bytes (uint8), each times an odd number that belongs to its place, modulo 2^64: nothing leaves the device.
+
+    A change of one byte always shows; so do places that were swapped, unless their numbers agree modulo 2^16.
+    """
+    total = 0
+    for start in range(0, data.numel(), 1 << 24):
+        part = data[start : start + (1 << 24)].to(torch.int64)
+        places = torch.arange(start, start + part.numel(), device=part.device)
+        # 40503 is 2^16 over the golden ratio: neighbours get far numbers
+        total += int((part * ((places * 40503 & 0xFFFF) * 2 + 1)).sum())
+    return total & (2**64 - 1)
 
 
 def free_bytes() -> int:

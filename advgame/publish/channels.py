@@ -1,17 +1,24 @@
-"""Channels of weights into a vLLM engine: shared memory written in place, or vLLM's own loader as the fall-back."""
+"""Channels of weights into a vLLM engine whose parameters live in memory of the trainer, and the choice with fall-back.
+
+The memory is a POSIX shared mapping for engines on the CPU and a CUDA allocation, opened over IPC, for engines on a GPU
+of the same node. Everything else is the same: the meeting at the start, the plan, the write, the checksums.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from advgame.publish.arena import Arena, checksum, flat_view
+from advgame.publish.arena import SharedMemory, checksum, flat_view
+from advgame.publish.cuda_memory import CudaMemory, refuse_expandable
 from advgame.publish.destinations import Destinations
-from advgame.publish.plan import ALIGNMENT, Plan, Source, source_problems
+from advgame.publish.loader import LoaderChannel
+from advgame.publish.meeting import Meeting
+from advgame.publish.plan import Plan, Source, source_problems
 from advgame.publish.record import PlanRefused
 
 
@@ -28,151 +35,138 @@ async def record_plans(llm: Any, model: str, sources: Sequence[Source]) -> list[
     return plans
 
 
-class ShmChannel:
+class Memory(Protocol):
+    """The trainer's memory for an engine's parameters."""
+
+    parts: list[Tensor]
+
+    def grant(self, plans: Sequence[Plan], devices: Sequence[str]) -> list[dict[str, Any]]: ...
+
+    def settled(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class ArenaChannel:
     """The engine's parameters live in memory of the trainer, which writes them where the engine reads."""
 
     direct = True
 
-    def __init__(self, model: str, sources: Sequence[Source]):
+    def __init__(self, model: str, sources: Sequence[Source], memory: Memory, device: torch.device | None = None):
         self.model, self.sources = model, tuple(sources)
         self.plans: list[Plan] = []
         self.notes: tuple[str, ...] = ()
-        self._arena: Arena | None = None
-        self._starts: list[int] = []
+        self._memory = memory
+        self._device = device
+        self._meeting: Meeting | None = None
         self._made: Destinations | None = None
 
     @property
-    def destinations(self) -> Mapping[str, Tensor]:
+    def destinations(self) -> Destinations:
         assert self._made is not None, "attach comes first"
-        return self._made.tensors
+        return self._made
 
     @property
     def staged(self) -> tuple[str, ...]:
         """Names that need a second copy."""
-        assert self._made is not None, "attach comes first"
-        return self._made.staged
+        return self.destinations.staged
+
+    def prepare(self) -> dict[str, str]:
+        """Opens the meeting of the coming start; returns what the engine finds it by."""
+        self._leave()
+        self._meeting = Meeting(self.model, self.sources, self._memory.grant)
+        return self._meeting.environment
 
     async def attach(self, llm: Any) -> None:
-        """Records the plan in the engine, lets its weights move into a new arena, and maps the destinations.
+        """Takes the outcome of the meeting: the engine's weights moved into the memory when it started.
 
-        Raises PlanRefused with the reasons, and RuntimeError if a restarted engine has another plan.
+        Raises PlanRefused with the reasons, InputError where there is no memory, and RuntimeError if a restarted engine
+        has another plan.
         """
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
-
-        self.close()
-        plans = await record_plans(llm, self.model, self.sources)
+        assert self._meeting is not None, "prepare comes first"
+        try:
+            plans = self._meeting.outcome()
+        finally:
+            self._leave()
         if self.plans and [p.hash for p in plans] != [p.hash for p in self.plans]:
             raise RuntimeError("the restarted engine lays its weights out differently")
-        sizes = [plan.layout()[1] for plan in plans]
-        starts = [sum(sizes[:rank]) for rank in range(len(sizes))]
-        arena = Arena(sum(sizes))
-        info = {"path": arena.path, "size": arena.size, "offsets": starts, "hashes": [p.hash for p in plans]}
-        try:
-            await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
-        finally:
-            arena.close()  # everyone who needs it has mapped it
-        self.plans, self._arena, self._starts = plans, arena, starts
-        self._made = Destinations(plans, arena.bytes, starts)
+        self._memory.settled()
+        self.plans = plans
+        self._made = Destinations(plans, self._memory.parts, self._device)
 
     async def deliver(self, llm: Any, *, verify: bool) -> None:
-        """Places what was staged; with `verify` the engine compares checksums and raises on a difference."""
-        assert self._made is not None
-        self._made.scatter()
-        if not verify:
-            return
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
-        await llm.start_weight_update()
-        await llm.update_weights(WeightTransferUpdateRequest(update_info={"checksums": self.checksums()}))
-        await llm.finish_weight_update()
+        """Places what was staged, fences; with `verify` the engine compares checksums and raises on a difference."""
+        self.destinations.settle()
+        if self._memory.parts[0].device.type == "cuda":
+            for part in self._memory.parts:
+                torch.cuda.synchronize(part.device)
+            if self._device is not None:
+                torch.cuda.synchronize(self._device)
+        if verify:
+            await llm.collective_rpc("advgame_verify", args=(self.checksums(),))
 
     def checksums(self) -> list[dict[str, int]]:
-        """crc32 of every storage as the trainer sees it, by rank."""
-        assert self._arena is not None
+        """Of every storage as the trainer sees it, by rank."""
         found = []
-        for plan, start in zip(self.plans, self._starts, strict=True):
+        for plan, part in zip(self.plans, self._memory.parts, strict=True):
             offsets, _ = plan.layout()
-            whole = {
-                s.name: flat_view(self._arena.bytes, start + offsets[s.name], s.bytes, torch.uint8)
-                for s in plan.storages
-            }
-            found.append({name: checksum(data) for name, data in whole.items()})
+            found.append(
+                {s.name: checksum(flat_view(part, offsets[s.name], s.bytes, torch.uint8)) for s in plan.storages}
+            )
         return found
 
     def close(self) -> None:
-        """Drops this side's mapping; the memory goes with the engine's."""
+        """Drops this side's memory; shared mappings go with the engine's, CUDA memory is the trainer's own."""
+        self._leave()
         self._made = None
-        if self._arena is not None:
-            self._arena.close()
-            self._arena = None
+        self._memory.close()
+
+    def _leave(self) -> None:
+        if self._meeting is not None:
+            self._meeting.close()
+            self._meeting = None
 
 
-class LoaderChannel:
-    """The trainer writes a shared file in its own layout; the engine then loads it like a checkpoint.
+class ShmChannel(ArenaChannel):
+    """POSIX shared memory: engines on the CPU."""
 
-    Right wherever vLLM can reload a model, at the price of its loader: every parameter is copied, split and processed
-    by Python again.
-    """
+    def __init__(self, model: str, sources: Sequence[Source]):
+        super().__init__(model, sources, SharedMemory())
 
-    # on the CPU a repacked tied head would keep its old copy through vLLM's reload; plain weights have no copies
-    direct = True
 
-    def __init__(self, sources: Sequence[Source], dtype: str):
-        self.sources, self.dtype = tuple(sources), dtype
-        self.notes: tuple[str, ...] = ()
-        self._entries: list[list[Any]] = []
-        self._arena: Arena | None = None
-        self._tensors: dict[str, Tensor] = {}
+class IpcChannel(ArenaChannel):
+    """CUDA IPC: engines on GPUs of this node. device: where the trainer's averages live."""
 
-    @property
-    def destinations(self) -> Mapping[str, Tensor]:
-        return self._tensors
+    def __init__(self, model: str, sources: Sequence[Source], device: torch.device):
+        super().__init__(model, sources, CudaMemory(), device)
 
-    async def attach(self, llm: Any) -> None:
-        if self._arena is not None:
-            return  # the file is this side's; a new engine opens it at each delivery
-        dtype = getattr(torch, self.dtype)
-        end = 0
-        for source in self.sources:
-            elements = torch.Size(source.shape).numel()
-            self._entries.append([source.name, self.dtype, list(source.shape), end])
-            end += -(-elements * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        self._arena = Arena(end)
-        self._tensors = {
-            name: flat_view(self._arena.bytes, offset, torch.Size(shape).numel(), dtype).view(shape)
-            for name, _, shape, offset in self._entries
-        }
-
-    async def deliver(self, llm: Any, *, verify: bool) -> None:
-        assert self._arena is not None
-        await llm.collective_rpc("advgame_load", args=(self._arena.path, self._arena.size, self._entries))
-
-    def close(self) -> None:
-        self._tensors = {}
-        self._entries = []
-        if self._arena is not None:
-            self._arena.close()
-            self._arena = None
+    def prepare(self) -> dict[str, str]:
+        refuse_expandable()
+        return super().prepare()
 
 
 class AutoChannel:
-    """Shared memory where the plan allows it, else the loader; `notes` says why."""
+    """Direct writes where the plan allows them, else the loader; `notes` says why."""
 
     direct = True
 
-    def __init__(self, model: str, sources: Sequence[Source], dtype: str):
-        self._shm, self._loader = ShmChannel(model, sources), LoaderChannel(sources, dtype)
-        self.used: ShmChannel | LoaderChannel = self._shm
+    def __init__(self, model: str, sources: Sequence[Source], dtype: str, arena: ArenaChannel | None = None):
+        self._arena = arena or ShmChannel(model, sources)
+        self._loader = LoaderChannel(sources, dtype)
+        self.used: ArenaChannel | LoaderChannel = self._arena
         self.notes: tuple[str, ...] = ()
 
     @property
     def destinations(self) -> Mapping[str, Tensor]:
         return self.used.destinations
 
+    def prepare(self) -> dict[str, str]:
+        return self.used.prepare()
+
     async def attach(self, llm: Any) -> None:
-        if self.used is self._shm:
+        if self.used is self._arena:
             try:
-                return await self._shm.attach(llm)
+                return await self._arena.attach(llm)
             except PlanRefused as refusal:
                 self.notes = (f"weights go through vLLM's loader, which is slower: {'; '.join(refusal.reasons[:3])}",)
                 self.used = self._loader
@@ -182,7 +176,7 @@ class AutoChannel:
         await self.used.deliver(llm, verify=verify)
 
     def close(self) -> None:
-        self._shm.close()
+        self._arena.close()
         self._loader.close()
 
 

@@ -14,7 +14,7 @@ def register() -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     with suppress(ValueError):  # registered already: the plugin and the worker extension both come here
-        WeightTransferEngineFactory.register_engine(BACKEND, "advgame.publish.worker", "SharedMemoryEngine")
+        WeightTransferEngineFactory.register_engine(BACKEND, "advgame.publish.worker", "PublishEngine")
     _keep_cpu_weights()
 
 

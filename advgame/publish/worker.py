@@ -9,83 +9,102 @@ import ctypes
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
 
+from advgame.publish import group as groups
 from advgame.publish import plugin
-from advgame.publish.arena import checksum, flat_view, mapped
+from advgame.publish.adapter import Place, place_of, place_of_worker
+from advgame.publish.arena import flat_view, mapped
+from advgame.publish.binding import bind, checksums, compare, copied_checksums, flats_of, open_part
+from advgame.publish.buckets import Layout, Unpacker
+from advgame.publish.cuda_memory import device_id
+from advgame.publish.meeting import VARIABLE, Call
 from advgame.publish.plan import Plan, Source
-from advgame.publish.record import PlanRefused, reasons_against, record
+from advgame.publish.record import PlanRefused, record
 
 plugin.register()
 
 
-@dataclass
-class ArenaInfo(WeightTransferInitInfo):
-    """path: the shared file. offset: byte where this rank's part begins, by rank. hashes: plan hash by rank."""
+class PublishEngine(WeightTransferEngine):
+    """Built by vLLM right after its model is loaded, before it profiles, compiles or captures: the moment to move.
 
-    path: str
-    size: int
-    offsets: list[int]
-    hashes: list[str]
+    If a trainer waits (`meeting.VARIABLE`), the parameters move into its memory, and a publish is then a write of the
+    trainer and nothing here. None of vLLM's own update calls is used.
+    """
 
-
-@dataclass
-class Written(WeightTransferUpdateInfo):
-    """The trainer wrote the arena; `checksums` (by rank, storage -> crc32) are compared when they are there."""
-
-    checksums: list[dict[str, int]] | None = None
-
-
-class SharedMemoryEngine(WeightTransferEngine[ArenaInfo, Written]):
-    """Lets every parameter live in the trainer's arena; a publish is then a write of the trainer and nothing here."""
-
-    init_info_cls = ArenaInfo
-    update_info_cls = Written
+    init_info_cls = WeightTransferInitInfo
+    update_info_cls = WeightTransferUpdateInfo
 
     def __init__(self, config: Any, *rest: Any) -> None:
         super().__init__(config, *rest)
         self.plan: Plan | None = None
-        self.rank = self.vllm_config.parallel_config.rank
+        self.flats: dict[str, Tensor] = {}
+        self.group: Any = None
+        self.unpacker: Unpacker | None = None
+        if VARIABLE in os.environ:
+            self._move_in(place_of(rest))
 
-    def init_transfer_engine(self, init_info: ArenaInfo) -> None:
-        """Checks that both sides hold the same plan, moves the weights into the arena and rebinds the parameters."""
-        if self.plan is None:
-            raise RuntimeError("advgame_plan has to be called first")
-        if init_info.hashes[self.rank] != self.plan.hash:
-            raise RuntimeError(f"the trainer's plan {init_info.hashes[self.rank]} is not the engine's {self.plan.hash}")
-        arena = mapped(init_info.path, init_info.size)
-        bind(self.model, self.plan, arena, init_info.offsets[self.rank])
+    def _move_in(self, place: Place) -> None:
+        call = Call(os.environ[VARIABLE])
+        try:
+            plan, refused = plan_of(place, call.model, call.sources)
+            memory = call.answer(place.rank, place.world_size, device_id(place.device), plan, refused)
+            if memory is None or plan is None:
+                return
+            try:
+                part = open_part(memory, place.device)
+            except (OSError, ValueError, RuntimeError) as error:
+                call.settled([f"the trainer's memory cannot be opened: {' '.join(str(error).split())}"])
+                return
+            self.flats = bind(place.model, plan, part)
+            if place.device.type == "cuda":
+                torch.cuda.empty_cache()  # what the weights were loaded into
+            self.plan = plan
+            call.settled()
+        finally:
+            call.close()
+
+    def init_transfer_engine(self, init_info: Any) -> None:
+        """Not ours: workers are told by `PublishWorker`."""
 
     def start_weight_update(self) -> None:
-        """Nothing to prepare: the trainer writes in place."""
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """As vLLM's, without the device synchronisation, for which a CPU has no device."""
-        self.receive_weights(self.parse_update_info(update_info))
-
-    def receive_weights(self, update_info: Written) -> None:
-        if update_info.checksums is None:
-            return
-        assert self.plan is not None
-        mine, theirs = checksums(self.model, self.plan), update_info.checksums[self.rank]
-        wrong = sorted(name for name in mine if mine[name] != theirs.get(name))
-        if wrong:
-            raise RuntimeError(f"{len(wrong)} storages differ from what was written, first {wrong[0]}")
+        """Nothing to prepare."""
 
     def finish_weight_update(self) -> None:
-        """Nothing to finish: loading changed no layer."""
+        """Nothing to finish."""
+
+    def receive_weights(self, *_: Any, **__: Any) -> None:
+        """Not ours either."""
 
     def shutdown(self) -> None:
-        """The arena is released with the parameters that live in it."""
+        """The trainer's memory is released with the parameters that live in it."""
+        if self.group is not None:
+            groups.leave(self.group)
+            self.group = None
+
+    @staticmethod
+    def trainer_send_weights(*_: Any, **__: Any) -> None:
+        """Demanded of subclasses by vLLM before 0.32."""
+
+
+def plan_of(place: Place, model_name: str, sources: list[Source]) -> tuple[Plan | None, list[str]]:
+    """This rank's plan, or the reasons why there is none."""
+    if place.refused:
+        return None, list(place.refused)
+    try:
+        return record(
+            place.model, sources, name=model_name, dtype=place.dtype, rank=place.rank, world_size=place.world_size
+        ), []
+    except PlanRefused as refusal:
+        return None, list(refusal.reasons)
 
 
 class PublishWorker:
@@ -102,29 +121,57 @@ class PublishWorker:
 
     def advgame_plan(self, model_name: str, sources: list[Any]) -> dict[str, Any]:
         """{"plan": tree} or {"refused": [reasons]} for tensors of these (name, shape)."""
-        model, config = _model_of(self), self.vllm_config  # type: ignore[attr-defined]
-        quantised = config.model_config.quantization if config.quant_config is not None else None
-        reasons = reasons_against(
-            quantised=quantised, mla=config.model_config.use_mla, experts=bool(config.model_config.is_moe)
-        )
-        if reasons:
-            return {"refused": reasons}
-        parallel = config.parallel_config
-        try:
-            plan = record(
-                model,
-                [Source(name, tuple(shape)) for name, shape in sources],
-                name=model_name,
-                dtype=config.model_config.dtype,
-                rank=parallel.rank,
-                world_size=parallel.world_size,
-            )
-        except PlanRefused as refusal:
-            return {"refused": list(refusal.reasons)}
-        engine = self.weight_transfer_engine  # type: ignore[attr-defined]
-        if isinstance(engine, SharedMemoryEngine):
+        engine = _engine_of(self)
+        plan, refused = engine.plan, list[str]()
+        if plan is None:
+            wanted = [Source(name, tuple(shape)) for name, shape in sources]
+            plan, refused = plan_of(place_of_worker(self), model_name, wanted)
             engine.plan = plan
-        return {"plan": plan.to_tree()}
+        return {"refused": refused} if plan is None else {"plan": plan.to_tree()}
+
+    def advgame_device(self) -> str:
+        """The GPU's own name, or "cpu"."""
+        return device_id(place_of_worker(self).device)
+
+    def advgame_verify(self, expected: list[dict[str, int]]) -> None:
+        """Compares every storage with what the trainer wrote (checksums by rank). Raises RuntimeError."""
+        place, plan = place_of_worker(self), _plan_of(self)
+        compare(checksums(place.model, plan), expected[place.rank])
+
+    def advgame_join(self, how: dict[str, Any], layout: dict[str, Any]) -> None:
+        """Joins the trainer's group; later buckets are laid out so."""
+        engine, place = _engine_of(self), place_of_worker(self)
+        engine.shutdown()
+        store = groups.dist.TCPStore(
+            how["host"], how["port"], None, False, groups.timedelta(seconds=how["seconds"]), wait_for_workers=False
+        )
+        engine.group = groups.join(
+            store, how["name"], 1 + place.rank, how["size"], device=place.device, host=how["host"],
+            seconds=how["seconds"],
+        )  # fmt: skip
+        plan = _plan_of(self)
+        engine.flats = engine.flats or flats_of(place.model, plan)
+        engine.unpacker = Unpacker(Layout.from_tree(layout), plan, engine.flats, place.device)
+
+    def advgame_receive(self, seconds: float, expected: list[dict[str, int]] | None) -> None:
+        """Receives all buckets and copies them to their places; with `expected` (by rank) compares every place."""
+        engine, place = _engine_of(self), place_of_worker(self)
+        unpacker = engine.unpacker
+        assert unpacker is not None, "advgame_join comes first"
+        with torch.no_grad():
+            for number in range(len(unpacker.layout.bounds) - 1):
+                groups.broadcast(engine.group, unpacker.bucket(number), seconds)
+                unpacker.unpack(number)
+        if place.device.type == "cuda":
+            torch.cuda.synchronize(place.device)
+        if expected is not None:
+            compare(copied_checksums(_plan_of(self), engine.flats), expected[place.rank])
+
+    def advgame_synchronize(self) -> None:
+        """Waits until the device is idle."""
+        place = place_of_worker(self)
+        if place.device.type == "cuda":
+            torch.cuda.synchronize(place.device)
 
     def advgame_load(self, path: str, size: int, entries: list[Any]) -> None:
         """vLLM's own loader over tensors in a shared file; entries: (name, dtype, shape, byte offset)."""
@@ -141,7 +188,7 @@ class PublishWorker:
                 # the loader may keep what it is given until a layer is whole; the arena changes under it later
                 yield name, flat_view(arena, offset, elements, getattr(torch, dtype)).view(*shape).clone()
 
-        model, config = _model_of(self), self.vllm_config  # type: ignore[attr-defined]
+        model, config = place_of_worker(self).model, self.vllm_config  # type: ignore[attr-defined]
         with set_current_vllm_config(config), torch.no_grad():
             initialize_layerwise_reload(model)
             model.load_weights(tensors())  # type: ignore[operator]
@@ -151,35 +198,21 @@ class PublishWorker:
         """One parameter through `load_weights`: how published systems do it; kept for comparison."""
         tensor = torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype)).view(*shape)
         with torch.no_grad():
-            _model_of(self).load_weights(iter([(name, tensor)]))  # type: ignore[operator]
+            place_of_worker(self).model.load_weights(iter([(name, tensor)]))  # type: ignore[operator]
 
     def advgame_zero(self) -> None:
         """Sets every parameter to zero: a publish must then restore all of them."""
         with torch.no_grad():
-            for parameter in _model_of(self).parameters():
+            for parameter in place_of_worker(self).model.parameters():
                 parameter.zero_()
 
 
-def bind(model: nn.Module, plan: Plan, arena: Tensor, start: int) -> None:
-    """Moves the storages of the plan into `arena` from byte `start`; parameters become views, tied ones stay tied."""
-    offsets, _ = plan.layout()
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for storage in plan.storages:
-        flat = flat_view(arena, start + offsets[storage.name], storage.elements, getattr(torch, storage.dtype))
-        for name in storage.parameters:
-            old = parameters[name].data
-            new = torch.as_strided(flat, old.shape, old.stride(), flat.storage_offset() + old.storage_offset())
-            if new.data_ptr() != old.data_ptr():
-                new.copy_(old)
-                parameters[name].data = new
+def _engine_of(worker: Any) -> PublishEngine:
+    engine: PublishEngine = worker.weight_transfer_engine
+    return engine
 
 
-def checksums(model: nn.Module, plan: Plan) -> dict[str, int]:
-    """crc32 of every storage, read through the model's own parameters."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {storage.name: checksum(parameters[storage.parameters[0]].data) for storage in plan.storages}
-
-
-def _model_of(worker: Any) -> nn.Module:
-    model: nn.Module = worker.model_runner.get_model()
-    return model
+def _plan_of(worker: Any) -> Plan:
+    plan = _engine_of(worker).plan
+    assert plan is not None, "advgame_plan comes first"
+    return plan

@@ -26,6 +26,9 @@ class Channel(Protocol):
     def destinations(self) -> Mapping[str, Tensor]:
         """Where the trainer writes, by parameter name; valid after `attach`."""
 
+    def prepare(self) -> Mapping[str, str]:
+        """Called before an engine starts; returns what its processes must find in their environment."""
+
     async def attach(self, llm: Any) -> None:
         """Connects to a freshly started engine, dropping a former one."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from advgame.game.tree import Sample
+from advgame.rollout.first_token import FirstToken
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +43,8 @@ class EngineDied(EngineError):
 
 class Engine(Protocol):
     """Samples one model. `version` is that of the weights that are served now."""
+
+    first_token: FirstToken
 
     @property
     def version(self) -> int: ...

@@ -31,15 +31,28 @@ class VllmSettings(Section):
         {}, description="CUDA_VISIBLE_DEVICES of single engines, for example {attacker: '0', defender: '1'}."
     )
     threads: PositiveInt = Field(1, description="OpenMP threads of an engine on the CPU.")
-    transport: Literal["auto", "shm", "loader"] = Field(
+    transport: Literal["auto", "shm", "ipc", "collective", "loader"] = Field(
         "auto",
-        description="shm: the trainer writes where the engine reads (CPU); loader: through vLLM's own loader, slower; "
-        "auto: shm, and the loader with a warning for models whose copy plan is refused.",
+        description="How weights arrive. shm (CPU) and ipc (GPUs of this node): written where the engine reads; "
+        "collective: broadcast in buckets (other nodes; NCCL, gloo); loader: vLLM's own, slower; auto: shm or ipc, and "
+        "the loader with a warning for models whose copy plan is refused.",
     )
+    rendezvous_host: str = Field(
+        "127.0.0.1", description="collective: address of the trainer's node as the engines' nodes see it."
+    )
+    rendezvous_port: int = Field(0, ge=0, le=65535, description="collective: port of the trainer; 0: any free one.")
+    bucket_mib: PositiveInt = Field(256, description="collective: size of a bucket in MiB, held once on each side.")
     in_flight: Literal["finish", "keep", "abort"] = Field(
         "finish", description="Requests in flight when weights arrive: finish, continue on the new weights, or retry."
     )
-    verify_every: int = Field(50, ge=0, description="Publishes between checksums of all weights; 0: never.")
+    verify_every: int = Field(
+        50, ge=0, description="Publishes between checks of all weights and of the sampler's log-probs; 0: never."
+    )
+    sampler_gap: PositiveFloat | None = Field(
+        None,
+        description="Most nats that the sampler's log-probs of 64 tokens may differ from the average's own, in the "
+        "mean; null: 0.02 where all is float32, else 1.",
+    )
     start_timeout_s: PositiveFloat = Field(600.0, description="Longest start of an engine.")
     request_timeout_s: PositiveFloat = Field(1800.0, description="Longest wait for one completion.")
     publish_timeout_s: PositiveFloat = Field(60.0, description="Longest wait for each part of a publish.")

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from advgame.game.tree import Sample
 from advgame.rollout.engine import EngineError, Request
+from advgame.rollout.first_token import FirstToken
 
 QUIET_SPINS = 24
 """Event-loop turns without a new request after which a batch is complete: the longest chain of coroutines
@@ -49,6 +50,7 @@ class TransformersEngine:
         self._batch = batch
         self._deterministic = deterministic
         self._version = version
+        self.first_token = FirstToken()
         self._waiting: list[tuple[Request, asyncio.Future[Sample]]] = []
         self._worker: asyncio.Task[None] | None = None
         self._idle = asyncio.Lock()
@@ -131,7 +133,7 @@ class TransformersEngine:
             ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
             mask[row, width - len(request.prompt_ids) :] = 1
         longest = max(r.sampling.max_tokens for r in requests)
-        sampler = RowSampler(requests, longest, device)
+        sampler = RowSampler(requests, longest, device, self.first_token if self.first_token.claim() else None)
         settings = GenerationConfig(
             max_new_tokens=longest,
             do_sample=False,
@@ -167,7 +169,9 @@ class RowSampler(LogitsProcessor):
     Passed to greedy `generate`, it leaves one finite score a row: the sampled token's.
     """
 
-    def __init__(self, requests: Sequence[Request], steps: int, device: torch.device):
+    def __init__(
+        self, requests: Sequence[Request], steps: int, device: torch.device, first_token: FirstToken | None = None
+    ):
         def uniforms(request: Request) -> np.ndarray:
             drawn = np.random.Generator(np.random.Philox(request.seed)).random(request.sampling.max_tokens)
             return np.resize(drawn, steps)
@@ -180,6 +184,7 @@ class RowSampler(LogitsProcessor):
         top_p = torch.tensor([r.sampling.top_p for r in requests], device=device).unsqueeze(1)
         self._top_p = top_p if bool((top_p < 1).any()) else None
         self._step = 0
+        self._first_token = first_token
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (rows, prompt + step), (rows, vocab)
@@ -197,6 +202,11 @@ class RowSampler(LogitsProcessor):
         if self._any_greedy:
             chosen = torch.where(self._greedy.unsqueeze(1), scores.argmax(-1, keepdim=True), chosen)
         self.logprobs.append((scores.gather(1, chosen) - scores.logsumexp(-1, keepdim=True)).squeeze(1))
+        if self._first_token is not None:
+            if scores.is_cuda:
+                torch.cuda.synchronize(scores.device)  # once a publish: the token is there, not only asked for
+            self._first_token.sampled()
+            self._first_token = None
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 

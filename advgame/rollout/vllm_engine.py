@@ -13,9 +13,11 @@ from typing import Any
 from advgame.errors import InputError
 from advgame.game.tree import Sample
 from advgame.publish.channels import guard
-from advgame.rollout import vllm_start
+from advgame.publish.record import PlanRefused
+from advgame.rollout import vllm_requests, vllm_start
 from advgame.rollout.channel import Channel, PublishTimes, Write
 from advgame.rollout.engine import EngineDied, EngineError, Request
+from advgame.rollout.first_token import FirstToken
 from advgame.rollout.settings import VllmSettings
 
 PAUSE_MODES = {"finish": "wait", "keep": "keep", "abort": "abort"}
@@ -31,8 +33,7 @@ class VllmEngine:
 
     channel: how weights arrive; None for a model that never changes. restore: writes the weights of the current
     version, asked after a restart (None: the folder's own are the current ones). counters: `<name>_restarts`,
-    `<name>_publish_failures`. first_answer: seconds from the beginning of the newest publish to the end of the first
-    completion that it made. Use from one event loop only.
+    `<name>_publish_failures`. Use from one event loop only.
     """
 
     def __init__(
@@ -66,8 +67,7 @@ class VllmEngine:
         self._restarts = 0
         self._died: asyncio.Future[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._published_at: float | None = None
-        self.first_answer = 0.0
+        self.first_token = FirstToken()
 
     @property
     def version(self) -> int:
@@ -95,18 +95,14 @@ class VllmEngine:
         process ended.
         """
         llm = await self._serving()
-        self._check(request)
+        vllm_requests.check(request, self.name, self._positions, self._vocabulary)
         final = await self._answer(llm, request)
         made = final.outputs[0]
         if made.finish_reason not in ("stop", "length"):
             raise EngineError(f"{self.name}: the request ended by {made.finish_reason}")
         tokens = tuple(made.token_ids)
         logprobs = tuple(step[token].logprob for step, token in zip(made.logprobs, tokens, strict=True))
-        # older vLLM stamps nothing; then nothing runs during a publish (`finish`) and the engine's version is right
-        spans = getattr(made, "weight_versions", None)
-        version = int(spans[0].version) if spans else self._version
-        if self._published_at is not None and version == self._version:
-            self.first_answer, self._published_at = time.perf_counter() - self._published_at, None
+        version = vllm_requests.version_of(made, self._version)
         return Sample(request.prompt_ids, tokens, logprobs, made.finish_reason, version)
 
     async def publish(self, version: int, write: Write) -> None:
@@ -150,7 +146,6 @@ class VllmEngine:
                 self._version = version
                 await self._restart(self.restore if written else write)
                 return
-            self._published_at = marks[0]
             self.last_publish = PublishTimes(*(b - a for a, b in itertools.pairwise(marks)))
 
     async def close(self) -> None:
@@ -193,7 +188,8 @@ class VllmEngine:
         )
         llm = None
         try:
-            llm = vllm_start.start(arguments, self.settings, self.settings.devices.get(self.name))  # type: ignore[call-overload]
+            more = None if channel is None else channel.prepare()
+            llm = vllm_start.start(arguments, self.settings, self.settings.devices.get(self.name), more)  # type: ignore[call-overload]
             async with asyncio.timeout(self.settings.start_timeout_s):
                 await guard(llm)
                 if channel is not None:
@@ -208,6 +204,11 @@ class VllmEngine:
                 vllm_start.kill(llm)
             if isinstance(error, WriteFailed | InputError):
                 raise
+            if isinstance(error, PlanRefused):
+                raise InputError(
+                    f"rollout.vllm.transport: {self.settings.transport} cannot write {self.folder} where {self.name} "
+                    f"reads it: {'; '.join(error.reasons[:3])}; set loader"
+                ) from error
             raise EngineDied(f"{self.name}: vLLM does not start: {type(error).__name__}: {error}") from error
         config = llm.model_config
         self._vocabulary, self._positions = config.get_vocab_size(), config.max_model_len
@@ -218,10 +219,16 @@ class VllmEngine:
     async def _answer(self, llm: Any, request: Request) -> Any:
         """vLLM's final output, or a typed error. A death ends the wait even where vLLM itself would wait for ever."""
 
+        # one request tells of each of its tokens: the first one after a publish
+        probe = self.first_token.claim()
+
         async def last() -> Any:
             prompt = {"prompt_token_ids": list(request.prompt_ids)}
             number = f"{self.name}-{next(self._numbers)}"
-            async for output in llm.generate(prompt, self._parameters(request), number):
+            how = vllm_requests.parameters(request, self._stop_ids, every_token=probe)
+            async for output in llm.generate(prompt, how, number):
+                if probe:
+                    self.first_token.sampled()
                 final = output
             return final
 
@@ -234,6 +241,8 @@ class VllmEngine:
         finally:
             if not answer.done():
                 answer.cancel()
+            if probe:
+                self.first_token.release()
         if answer.done():
             try:
                 return answer.result()
@@ -266,44 +275,11 @@ class VllmEngine:
             if self._died is not None and not self._died.done():
                 self._died.set_result(None)
 
-    def _check(self, request: Request) -> None:
-        """What vLLM would cut short in silence or die of."""
-        ids, most = request.prompt_ids, request.sampling.max_tokens
-        if not ids:
-            raise EngineError(f"{self.name}: the prompt is empty")
-        if len(ids) + most > self._positions:
-            raise EngineError(
-                f"{self.name}: prompt of {len(ids)} tokens + max_tokens {most} exceeds the engine's "
-                f"{self._positions} positions"
-            )
-        if min(ids) < 0 or max(ids) >= self._vocabulary:
-            raise EngineError(f"{self.name}: the prompt has ids outside the vocabulary of {self._vocabulary}")
-
-    def _parameters(self, request: Request) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        return SamplingParams(
-            temperature=request.sampling.temperature,
-            top_p=request.sampling.top_p,
-            max_tokens=request.sampling.max_tokens,
-            seed=request.seed,
-            stop_token_ids=self._stop_ids,
-            logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-
     def _typed(self, llm: Any, error: Exception) -> Exception:
         """vLLM's exception as ours; anything unknown stays as it is."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        if isinstance(error, EngineDeadError) or llm is not self._llm or not vllm_start.alive(llm):
+        if vllm_requests.is_death(error) or llm is not self._llm or not vllm_start.alive(llm):
             return EngineDied(f"{self.name}: the engine's process ended")
-        # a refused request, by the class names of different versions
-        if isinstance(error, ValueError) or type(error).__name__ in ("VLLMValidationError", "EngineGenerateError"):
-            return EngineError(f"{self.name}: {error}")
-        return error
+        return EngineError(f"{self.name}: {error}") if vllm_requests.is_refusal(error) else error
 
 
 class WriteFailed(Exception):

@@ -6,6 +6,7 @@ vLLM is imported inside the functions, after the environment that it reads at im
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import os
 import re
 import threading
@@ -28,6 +29,9 @@ BACKEND = "advgame"
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM's CPU attention is compiled for; another size kills the engine at its first request."""
 
+WORKERS_SHARE = 256 << 20
+"""Bytes of /dev/shm that the message queues of a tensor-parallel engine may fill."""
+
 _starting = threading.Lock()
 
 
@@ -46,6 +50,14 @@ def vllm_version(field: str) -> str:
         tested = ", ".join(f"0.{minor}" for minor in TESTED_MINORS)
         raise InputError(f"{field}: vLLM {version} is not supported; install one of {tested}")
     return version
+
+
+def minor_version() -> int:
+    """32 of vLLM 0.32."""
+    import vllm
+
+    parts = re.match(r"\d+\.(\d+)", vllm.__version__)
+    return int(parts[1]) if parts else max(TESTED_MINORS)
 
 
 def check_model(folder: Path, field: str, settings: VllmSettings) -> None:
@@ -74,13 +86,60 @@ def check_model(folder: Path, field: str, settings: VllmSettings) -> None:
         )
 
 
+def check_player(folder: Path, field: str) -> None:
+    """InputError for a player whose weights in the engine could not be the published ones: a quantised model."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    said = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if said:
+        kind = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
+        raise InputError(
+            f"{field}: {folder} holds quantised weights ({kind or 'quantization_config'}), and players train and "
+            "publish plain ones; give the unquantised model"
+        )
+
+
+def check_machine(settings: VllmSettings, *, publishes: bool) -> None:
+    """InputError for a transport that this machine does not have, a port that is taken, or too small a /dev/shm."""
+    cpu, transport = on_cpu(), settings.transport
+    if publishes and transport == "shm" and not cpu:
+        raise InputError("rollout.vllm.transport: shm is for engines on the CPU; set ipc (or auto) on GPUs")
+    if publishes and transport == "ipc" and cpu:
+        raise InputError("rollout.vllm.transport: ipc needs GPUs, and torch sees none here; set shm (or auto)")
+    if publishes and not cpu and transport in ("ipc", "auto"):
+        from advgame.publish.cuda_memory import refuse_expandable
+
+        refuse_expandable()
+    if publishes and transport == "collective":
+        from advgame.publish.group import open_store
+
+        open_store(settings.rendezvous_host, settings.rendezvous_port)
+    if settings.tensor_parallel > 1 and (free := free_shared()) is not None and free < WORKERS_SHARE:
+        raise InputError(
+            f"rollout.vllm.tensor_parallel: vLLM's workers talk through /dev/shm, which has {free / 2**20:.0f} MiB "
+            f"free of the {WORKERS_SHARE / 2**20:.0f} MiB they need; enlarge it (docker run --shm-size=1g), or set 1"
+        )
+
+
+def free_shared() -> int | None:
+    """Bytes free in /dev/shm; None where there is none."""
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize
+
+
 def on_cpu() -> bool:
     return not torch.cuda.is_available()
 
 
 @contextmanager
-def environment(settings: VllmSettings, device: str | None) -> Iterator[None]:
-    """What vLLM and its engine process read from the environment, for the length of one start.
+def environment(settings: VllmSettings, device: str | None, more: Mapping[str, str] | None = None) -> Iterator[None]:
+    """What vLLM and its engine process read from the environment, for the length of one start; `more`: the channel's.
 
     No usage statistics leave the machine, whatever vLLM's default.
     """
@@ -94,6 +153,7 @@ def environment(settings: VllmSettings, device: str | None) -> Iterator[None]:
         wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if settings.tensor_parallel > 1 else "0"
         if settings.eager is not False:
             wanted["TORCHDYNAMO_DISABLE"] = "1"
+    wanted |= more or {}
     with _starting:
         before = {name: os.environ.get(name) for name in wanted}
         os.environ.update(wanted)
@@ -154,9 +214,11 @@ def positions_of(folder: Path) -> int:
     return positions
 
 
-def start(arguments: Mapping[str, Any], settings: VllmSettings, device: str | None) -> Any:
+def start(
+    arguments: Mapping[str, Any], settings: VllmSettings, device: str | None, more: Mapping[str, str] | None = None
+) -> Any:
     """A running AsyncLLM. Blocks for seconds to minutes; must run where the event loop is that will use it."""
-    with environment(settings, device):
+    with environment(settings, device, more):
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -178,7 +240,8 @@ def kill(llm: Any) -> None:
 def end(llm: Any) -> None:
     """Lets an idle engine end in its own time (a few seconds at most), then makes sure."""
     processes = _processes(llm)
-    llm.shutdown(timeout=5.0)
+    limit = {"timeout": 5.0} if "timeout" in inspect.signature(llm.shutdown).parameters else {}
+    llm.shutdown(**limit)
     llm.shutdown = lambda timeout=None: None  # its destructor would shut down again when Python is half gone
     for process in processes:
         if process.is_alive():
@@ -198,7 +261,13 @@ async def pause(llm: Any, mode: str) -> None:
 
     `AsyncLLM.pause_generation` would do the same and sleep for 20 ms.
     """
-    await llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=False)
+    if hasattr(llm.engine_core, "pause_scheduler_async"):
+        await llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=False)
+    else:
+        await llm.pause_generation(mode=mode, clear_cache=False)
+    if minor_version() < 30 and not on_cpu():
+        # older ones answer while the last forward may still run on the device
+        await llm.collective_rpc("advgame_synchronize")
 
 
 async def reset_caches(llm: Any) -> None:
@@ -208,7 +277,9 @@ async def reset_caches(llm: Any) -> None:
 
 
 async def stamp(llm: Any, version: int) -> None:
-    await llm.update_weight_version(str(version))
+    """Lets samples carry their version, where vLLM knows versions (not in 0.24)."""
+    if hasattr(llm, "update_weight_version"):
+        await llm.update_weight_version(str(version))
 
 
 async def resume(llm: Any) -> None:

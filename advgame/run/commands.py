@@ -106,6 +106,7 @@ def _restore(session: Session, checkpoint: Path) -> Progress:
     loaded = load_into(checkpoint, {name: state_of(session, name) for name in session.learners}, verify=False)
     for name, learner in session.learners.items():
         learner.updates = loaded.updates[name]
+        learner.averages = loaded.extra.get("averages", {}).get(name, loaded.step)  # one a step
         learner.reference.restore(loaded.extra["reference"][name])
         for group in learner.optimizer.param_groups:
             group["betas"], group["weight_decay"] = learner.settings.betas, learner.settings.weight_decay

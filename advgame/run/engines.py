@@ -32,9 +32,12 @@ def check_engines(config: Config, folders: Mapping[str, Path]) -> None:
     judge = judge_engine(config) == "vllm"
     if players or judge:
         vllm_start.vllm_version("rollout.engine" if players else "judge.engine")
+        vllm_start.check_machine(config.rollout.vllm, publishes=players)
     for field, folder in folders.items():
         if judge if field.startswith("judge.") else players:
             vllm_start.check_model(folder, field, config.rollout.vllm)
+            if not field.startswith("judge."):
+                vllm_start.check_player(folder, field)
 
 
 def judge_engine(config: Config) -> str | None:
@@ -83,16 +86,18 @@ def open_engine(
 
 def open_channel(config: Config, folder: Path, parameters: Mapping[str, Tensor]) -> Channel:
     """The way of weights by `rollout.vllm.transport`."""
-    from advgame.publish.channels import AutoChannel, LoaderChannel, ShmChannel
+    from advgame.publish.channels import AutoChannel, IpcChannel, LoaderChannel, ShmChannel
+    from advgame.publish.collective import CollectiveChannel
     from advgame.publish.plan import sources_of
 
-    sources = sources_of(parameters.items())
-    transport = config.rollout.vllm.transport
-    if transport == "shm":
-        return ShmChannel(folder.name, sources)
-    if transport == "loader" or not vllm_start.on_cpu():
+    sources, settings = sources_of(parameters.items()), config.rollout.vllm
+    device = next(iter(parameters.values())).device
+    if settings.transport == "loader":
         return LoaderChannel(sources, config.rollout.dtype)
-    return AutoChannel(folder.name, sources, config.rollout.dtype)
+    if settings.transport == "collective":
+        return CollectiveChannel(folder.name, sources, device, settings)
+    arena = ShmChannel(folder.name, sources) if vllm_start.on_cpu() else IpcChannel(folder.name, sources, device)
+    return AutoChannel(folder.name, sources, config.rollout.dtype, arena) if settings.transport == "auto" else arena
 
 
 def open_endpoint_speaker(config: Config, counters: Counter[str]) -> EndpointSpeaker:

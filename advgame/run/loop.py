@@ -27,6 +27,7 @@ from advgame.run.metrics import play_metrics
 from advgame.run.recorder import Recorder
 from advgame.run.session import Session, Side
 from advgame.run.trackers import Tracker
+from advgame.run.verify import gap_metrics, measure_gaps
 
 Scored = Sequence[tuple[Tree, TreeRewards]]
 
@@ -62,6 +63,7 @@ class Progress:
             "before": self.before,
             "counters": dict(session.counters),
             "reference": {name: learner.reference.state() for name, learner in session.learners.items()},
+            "averages": {name: learner.averages for name, learner in session.learners.items()},
         }
 
 
@@ -101,7 +103,9 @@ async def train(
         check_answered(session, trees, step)
         rewards = [tree_rewards(tree, session.rewards) for tree in trees]
         with clock.stage("learn"):
+            gaps = measure_gaps(session, trees, step)
             learned = learn(session, list(zip(trees, rewards, strict=True)), step)
+            learned |= gap_metrics(session, trees, step, gaps, learned, view.note)
         with clock.stage("publish"):
             await publish(session, step + 1)
         recorder.trees(step, trees, rewards)
@@ -195,17 +199,24 @@ def has_turn(session: Session, side: Side, step: int) -> bool:
 async def publish(session: Session, version: int) -> None:
     """Every learning player's new weights into its engine. A player whose turn it is not keeps its moving average
     moving: its live weights stand still and the average approaches them."""
+    learned = time.perf_counter()
     for side in session.sides:
         if side.learner is not None:
             await side.engine.publish(version, side.learner.publish_into)
+            side.engine.first_token.published(learned)
 
 
 def publish_times(session: Session) -> dict[str, float]:
-    """Milliseconds of each part of the newest publish into vLLM engines, and until the first completion before it."""
+    """Of every learning player: seconds from the former step's learning to the first token of the weights it made, and
+    milliseconds of each part of the newest publish into a vLLM engine."""
     values: dict[str, float] = {}
     for side in session.sides:
-        if isinstance(side.engine, VllmEngine) and side.learner is not None:
-            parts = {**asdict(side.engine.last_publish), "first_answer": side.engine.first_answer}
+        if side.learner is None:
+            continue
+        if side.engine.first_token.seconds:
+            values[names.first_token_seconds(side.name)] = side.engine.first_token.seconds
+        if isinstance(side.engine, VllmEngine):
+            parts = asdict(side.engine.last_publish)
             values |= {f"publish/{side.name}/{part}_ms": 1000 * seconds for part, seconds in parts.items()}
     return values
 

@@ -35,6 +35,11 @@ def stage_seconds(stage: str) -> str:
     return f"seconds/{stage}"
 
 
+def first_token_seconds(player: str) -> str:
+    """From the end of a step's learning to the first token sampled, in the next step, with the weights it made."""
+    return f"seconds/first_token/{player}"
+
+
 def reward(category: str, role: str) -> str:
     """The mean of all rewards that exist, failures (-1) included."""
     return f"{category}/{role}/reward"

@@ -5,6 +5,8 @@ needed; Triton (CUDA) and the package's C++ extension (CPU) are used where they 
 """
 
 from advgame_kernels.ema import ema_update_, ema_update_ref_
+from advgame_kernels.ema_prepared import PreparedEma
+from advgame_kernels.ema_schedule import ema_decay, power_decay, warmup_decay
 from advgame_kernels.linear_logprobs import linear_logprobs, linear_logprobs_ref
 from advgame_kernels.linear_policy import linear_policy_loss, linear_policy_loss_ref
 from advgame_kernels.linear_preference import linear_preference_loss, linear_preference_loss_ref
@@ -20,6 +22,8 @@ __all__ = [
     "LogProbs",
     "PolicyOutput",
     "PreferenceOutput",
+    "PreparedEma",
+    "ema_decay",
     "ema_update_",
     "ema_update_ref_",
     "linear_logprobs",
@@ -30,8 +34,10 @@ __all__ = [
     "linear_preference_loss_ref",
     "policy_loss",
     "policy_loss_ref",
+    "power_decay",
     "preference_loss",
     "preference_loss_ref",
     "selective_logprobs",
     "selective_logprobs_ref",
+    "warmup_decay",
 ]

@@ -11,6 +11,8 @@ there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -86,6 +88,48 @@ def ema_kernel(
             tl.store(publish + offsets, stored.to(PUBLISH), mask=inside)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One launch of the kernel over tensors of the same dtypes: its table on the device, grid and constants."""
+
+    table: Tensor
+    segments: int
+    device: torch.device
+    constants: dict[str, Any]
+
+    def run(self, step: Tensor, seed: int = 0) -> None:
+        """step: (1,) float32 on the device, read by the kernel. May be captured into a CUDA graph."""
+        if self.segments:
+            with device_of(self.table):
+                ema_kernel[(self.segments,)](
+                    self.table, step, seed, self.table.shape[0], **self.constants, BLOCKS=BLOCKS, BLOCK=BLOCK,
+                    num_warps=WARPS,
+                )  # fmt: skip
+
+
+def prepare(
+    shadow: Sequence[Tensor],
+    params: Sequence[Tensor],
+    publish: Sequence[Tensor],
+    compensation: Sequence[Tensor] = (),
+    *,
+    stochastic: bool = False,
+) -> Launch:
+    """The launch for tensors of one dtype each; no tensor may move as long as it is used."""
+    table, segments = _table(shadow, params, publish, compensation)
+    aligned = bool((table[:, :4] % 16 == 0).all())
+    device = shadow[0].device
+    if device.type == "cuda":
+        table = table.pin_memory().to(device, non_blocking=True)
+    constants = {
+        "SHADOW": TRITON_TYPES[shadow[0].dtype], "PARAM": TRITON_TYPES[params[0].dtype],
+        "PUBLISH": TRITON_TYPES[publish[0].dtype if publish else torch.float32], "HAS_PUBLISH": bool(publish),
+        "COMPENSATED": bool(compensation), "STOCHASTIC": stochastic, "ALIGNED": aligned,
+        "BISECTIONS": table.shape[0].bit_length(),
+    }  # fmt: skip
+    return Launch(table, segments, device, constants)
+
+
 @torch.library.custom_op("advgame_kernels::ema_update_", mutates_args=("shadow", "publish", "compensation"))
 def _ema_update_(
     shadow: list[Tensor],
@@ -96,20 +140,7 @@ def _ema_update_(
     seed: int,
     stochastic: bool,
 ) -> None:
-    table, segments = _table(shadow, params, publish, compensation)
-    if segments == 0:
-        return
-    addresses = table[:, :4]
-    device = shadow[0].device
-    on_device = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
-    with device_of(shadow[0]):
-        ema_kernel[(segments,)](
-            on_device, step, seed, table.shape[0], SHADOW=TRITON_TYPES[shadow[0].dtype],
-            PARAM=TRITON_TYPES[params[0].dtype], PUBLISH=TRITON_TYPES[publish[0].dtype if publish else torch.float32],
-            HAS_PUBLISH=bool(publish), COMPENSATED=bool(compensation), STOCHASTIC=stochastic,
-            ALIGNED=bool((addresses % 16 == 0).all()), BISECTIONS=table.shape[0].bit_length(),
-            BLOCKS=BLOCKS, BLOCK=BLOCK, num_warps=WARPS,
-        )  # fmt: skip
+    prepare(shadow, params, publish, compensation, stochastic=stochastic).run(step, seed)
 
 
 @_ema_update_.register_fake
@@ -118,7 +149,7 @@ def _(*args: object, **kwargs: object) -> None:
 
 
 def _table(
-    shadow: list[Tensor], params: list[Tensor], publish: list[Tensor], compensation: list[Tensor]
+    shadow: Sequence[Tensor], params: Sequence[Tensor], publish: Sequence[Tensor], compensation: Sequence[Tensor]
 ) -> tuple[Tensor, int]:
     """The kernel's table on the host and the number of programs; tensors without elements are left out."""
     rows, segments = [], 0
@@ -139,13 +170,23 @@ def ema_update_(
     seed: int | None,
 ) -> None:
     """One launch for each pair of (parameter, published) dtypes that occurs: one, as a rule."""
-    groups: dict[tuple[torch.dtype, torch.dtype | None], list[int]] = {}
-    for i, p in enumerate(params):
-        out = None if publish is None else publish[i]
-        groups.setdefault((p.dtype, None if out is None else out.dtype), []).append(i)
-    for launch, ((_, target), members) in enumerate(groups.items()):
-        copies = [] if target is None or publish is None else [publish[i] for i in members]
+    for launch, members in enumerate(groups(params, publish)):
+        copies = copies_of(publish, members)
         kept = [] if compensation is None else [compensation[i] for i in members]
         noise = 0 if seed is None else (seed * 31 + launch) % (1 << 31)
         players = [params[i].detach() for i in members]
-        _ema_update_([shadow[i] for i in members], players, copies, kept, step, noise, seed is not None)  # type: ignore[arg-type]
+        _ema_update_([shadow[i] for i in members], players, copies, kept, step, noise, seed is not None)
+
+
+def groups(params: Sequence[Tensor], publish: Sequence[Tensor | None] | None) -> list[list[int]]:
+    """Indices of tensors that one launch may take together: by dtype of player and published copy."""
+    found: dict[tuple[torch.dtype, torch.dtype | None], list[int]] = {}
+    for i, p in enumerate(params):
+        out = None if publish is None else publish[i]
+        found.setdefault((p.dtype, None if out is None else out.dtype), []).append(i)
+    return list(found.values())
+
+
+def copies_of(publish: Sequence[Tensor | None] | None, members: Sequence[int]) -> list[Tensor]:
+    """The published copies of one group: all of them or none."""
+    return [] if publish is None else [out for i in members if (out := publish[i]) is not None]

@@ -88,7 +88,18 @@ def ema_update_(
     publish: Sequence[Tensor | None] | None,
 ) -> list[int]:
     """Update every tensor whose dtypes the extension knows; return the indices of the others."""
-    step = 1.0 - float(decay)
+    table, rest = ema_table(shadow, params, publish)
+    ema_run(table, 1.0 - float(decay))
+    return rest
+
+
+EmaTable = list[tuple[int, int, int, int, int, int]]
+
+
+def ema_table(
+    shadow: Sequence[Tensor], params: Sequence[Tensor], publish: Sequence[Tensor | None] | None
+) -> tuple[EmaTable, list[int]]:
+    """Addresses, dtype codes and sizes of what the extension can update; the indices of the others."""
     rest, table = [], []
     for i, (s, p) in enumerate(zip(shadow, params, strict=True)):
         out = None if publish is None else publish[i]
@@ -97,5 +108,9 @@ def ema_update_(
             continue
         target = (0, 0) if out is None else (out.data_ptr(), CODES[out.dtype])
         table.append((s.data_ptr(), p.data_ptr(), CODES[p.dtype], *target, s.numel()))
+    return table, rest
+
+
+def ema_run(table: EmaTable, step: float) -> None:
+    """shadow += step · (param − shadow) for every row of `table`, whose tensors must still be alive."""
     _native.ema_update(table, step, torch.get_num_threads())
-    return rest

@@ -37,6 +37,44 @@ def test_matches_float64(impl, param_dtype, publish_dtype, decay):
             torch.testing.assert_close(publish[i], s.to(publish_dtype), rtol=2**-7 if interpreted else 0, atol=0)
 
 
+@pytest.mark.parametrize("publish_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.float16])
+def test_a_prepared_update_is_the_update(param_dtype, publish_dtype):
+    """To the last bit, step after step, with decays that change."""
+    params = [p.to(DEVICE) for p in model(param_dtype, 2)]
+    both = []
+    for _ in range(2):
+        shadow = [s.to(DEVICE) for s in model(torch.float32, 1)]
+        publish = None
+        if publish_dtype is not None:
+            publish = [torch.zeros(s, device=DEVICE, dtype=publish_dtype) for s in SHAPES]
+            publish[3] = None
+        both.append((shadow, publish))
+    prepared = ak.PreparedEma(both[0][0], params, both[0][1])
+    for decay in (0.0, 0.95, 2 / 11):
+        prepared(decay)
+        ak.ema_update_(both[1][0], params, decay, publish=both[1][1])
+        params[5] += 0.25
+    assert all(torch.equal(a, b) for a, b in zip(both[0][0], both[1][0], strict=True))
+    if publish_dtype is not None:
+        assert all(b is None or torch.equal(a, b) for a, b in zip(both[0][1], both[1][1], strict=True))
+    with pytest.raises(ValueError, match=r"publish\[0\]"):
+        ak.PreparedEma(both[0][0], params, [torch.zeros(2)] * len(params))
+
+
+@NEEDS_TRITON
+def test_a_prepared_triton_launch_reads_its_step_when_it_runs():
+    """The launch that a CUDA graph captures, here in the interpreter."""
+    from advgame_kernels import ema_triton
+
+    shadow, params = [torch.zeros(40, device=DEVICE)], [torch.ones(40, device=DEVICE)]
+    launch = ema_triton.prepare(shadow, params, [])
+    step = torch.ones(1, device=DEVICE)
+    for value, want in ((0.5, 0.5), (0.0, 0.5), (1.0, 1.0)):
+        launch.run(step.fill_(value))
+        assert torch.equal(shadow[0], torch.full((40,), want, device=DEVICE))
+
+
 @pytest.mark.skipif(not native.available(), reason="no extension")
 def test_native_equals_reference_to_the_last_bit_or_the_next():
     a, b, params = model(torch.float32, 1), model(torch.float32, 1), model(torch.float32, 2)

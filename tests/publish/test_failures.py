@@ -15,6 +15,7 @@ import pytest
 import torch
 from test_shm import PROMPTS, assert_serves, greedy, writer
 
+from advgame.errors import InputError
 from advgame.publish.channels import AutoChannel, ShmChannel
 from advgame.publish.plan import sources_of
 from advgame.rollout import vllm_start
@@ -191,6 +192,17 @@ def test_the_prefix_cache_forgets_old_weights(runner, engine, pair):
         for _ in range(2):
             (sample,) = engines.play(runner, engine, [engines.request(prompt, temperature=0.0, max_tokens=48)])
             assert list(sample.token_ids) == greedy(model, prompt).tolist()
+
+
+def test_weights_of_another_architecture_are_one_clear_line(runner, folder):
+    """The trainer's model has heads of its own, the engine's folder has tied ones; no fall-back was asked for."""
+    other = models.model(tied=False, hidden=engines.HIDDEN)
+    channel = ShmChannel("m", sources_of(other.named_parameters()))
+    engine = engines.vllm_engine(folder, channel=channel, vllm=engines.settings(transport="shm"))
+    says = r"rollout\.vllm\.transport: shm cannot write .* where defender reads it: .*lm_head.weight.*set loader"
+    with pytest.raises(InputError, match=says):
+        runner.run(engine.start())
+    assert engine.process_ids == []
 
 
 def test_two_hundred_publishes_do_not_grow(runner, engine, pair):

@@ -95,7 +95,7 @@ def test_what_is_written_is_what_the_loader_would_have_loaded(world):
     plans = [plan_of(rank, world) for rank in range(world)]
     size = plans[0].layout()[1]
     arena = Arena(size * world)
-    made = Destinations(plans, arena.bytes, [rank * size for rank in range(world)])
+    made = Destinations(plans, [arena.bytes[rank * size : (rank + 1) * size] for rank in range(world)])
     assert set(made.staged) == (set() if world == 1 else {s.name for s in SOURCES})
     for name, tensor in tensors.items():
         made.tensors[name].copy_(tensor)

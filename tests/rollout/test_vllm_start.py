@@ -57,13 +57,40 @@ def test_settings_that_do_not_fit_the_model(monkeypatch, tmp_path, changes, says
         vllm_start.check_model(engines.folder(tmp_path / "m"), "attacker.model", VllmSettings(**changes))
 
 
+@pytest.mark.parametrize(
+    ("cpu", "transport", "says"),
+    [(True, "ipc", "ipc needs GPUs"), (False, "shm", "shm is for engines on the CPU; set ipc")],
+)
+def test_a_transport_that_this_machine_does_not_have(monkeypatch, cpu, transport, says):
+    monkeypatch.setattr(vllm_start, "on_cpu", lambda: cpu)
+    with pytest.raises(InputError, match=rf"rollout\.vllm\.transport: {says}"):
+        vllm_start.check_machine(VllmSettings(transport=transport), publishes=True)
+    vllm_start.check_machine(VllmSettings(transport=transport), publishes=False)
+
+
+@pytest.mark.parametrize("transport", ["auto", "ipc"])
+def test_expandable_segments_are_refused_before_anything_starts(monkeypatch, transport):
+    monkeypatch.setattr(vllm_start, "on_cpu", lambda: False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    with pytest.raises(InputError, match=r"expandable segments; take expandable_segments:True out of PYTORCH_CUDA"):
+        vllm_start.check_machine(VllmSettings(transport=transport), publishes=True)
+
+
+def test_a_small_shared_memory_names_need_and_mend(monkeypatch):
+    monkeypatch.setattr(vllm_start, "free_shared", lambda: 64 << 20)
+    with pytest.raises(InputError, match=r"has 64 MiB free of the 256 MiB they need; .*--shm-size=1g"):
+        vllm_start.check_machine(VllmSettings(tensor_parallel=2), publishes=True)
+    vllm_start.check_machine(VllmSettings(), publishes=True)
+
+
 def test_the_environment_is_put_back(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     monkeypatch.delenv("VLLM_NO_USAGE_STATS", raising=False)
     import os
 
-    with vllm_start.environment(VllmSettings(), "3"):
+    with vllm_start.environment(VllmSettings(), "3", {"ADVGAME_PUBLISH": "x"}):
+        assert os.environ["ADVGAME_PUBLISH"] == "x"
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
         assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
     assert os.environ["OMP_NUM_THREADS"] == "5"
-    assert "VLLM_NO_USAGE_STATS" not in os.environ
+    assert not {"VLLM_NO_USAGE_STATS", "ADVGAME_PUBLISH"} & os.environ.keys()

@@ -92,8 +92,9 @@ def test_the_same_seed_gives_the_same_run(words, tmp_path):
 
 
 def test_resuming_continues_bit_for_bit(words, tmp_path):
-    """20 steps against 10, a kill in the twelfth, and a resume."""
+    """20 steps against 10, a kill in the twelfth, and a resume; with a decay that depends on how many came before."""
     long = [*words, "--run.steps", "20", "--run.checkpoint_every", "10", "--run.validate_every", "5"]
+    long += ["--learn.ema_schedule", "power"]
     train(long, "--run.name", "whole")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     killed = subprocess.Popen([sys.executable, "-m", "advgame.cli", *long, "--run.name", "cut"], env=environment)

@@ -1,6 +1,7 @@
 """Whole runs whose players sample with real vLLM on the CPU: figures, resume, a judge on vLLM, bad input."""
 
 import json
+import socket
 
 import engines
 import models
@@ -46,14 +47,21 @@ def test_a_run_on_vllm_and_its_resume(words, tmp_path):
     assert [row["step"] for row in rows] == list(range(5))
     for row in rows[:4]:
         assert row["publish/defender/write_ms"] > 0
-        assert "count/defender_restarts" not in row
+        assert 0 <= row["sampler_gap_defender"] <= row["sampler_gap_max_defender"] < 1e-3
+        assert ("seconds/first_token/defender" in row) == (row["step"] > 0)
+        assert not {"count/defender_restarts", "count/defender_sampler_gaps"} & row.keys()
         assert not any(key.endswith("/stale") and value for key, value in row.items())
     # the sampler is the reference: fp32 vLLM and the trainer agree so closely that no reference pass is made
     reference = json.loads((run / "summary.json").read_text())["reference"]["defender"]
     assert all(change < 0.02 for change in reference["changes"])
     assert "does not repeat bit for bit" in (run / "log.txt").read_text()
-    assert cli.main(["resume", str(run), "--quiet", "--run.steps", "6"]) == 0
-    assert [row["step"] for row in rows_of(run)][-2:] == [5, 6]
+    # resumed with a limit that no sampler keeps: told and counted
+    strict = ["--rollout.vllm.sampler_gap", "1e-12"]
+    assert cli.main(["resume", str(run), "--quiet", "--run.steps", "6", *strict]) == 0
+    rows = rows_of(run)
+    assert [row["step"] for row in rows][-2:] == [5, 6]
+    assert [row.get("count/defender_sampler_gaps") for row in rows[3:6]] == [None, 1, 2]
+    assert "its samples cannot stand for the reference" in (run / "log.txt").read_text()
 
 
 @pytest.mark.slow
@@ -99,6 +107,24 @@ def test_bad_input(capsys, words, monkeypatch, tmp_path):
     )
     assert "rollout.vllm.tensor_parallel: 3 does not divide" in fails(
         capsys, *words, "--rollout.vllm.tensor_parallel", "3"
+    )
+    assert "rollout.vllm.transport: ipc needs GPUs, and torch sees none here; set shm" in fails(
+        capsys, *words, "--rollout.vllm.transport", "ipc"
+    )
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        collective = ["--rollout.vllm.transport", "collective", "--rollout.vllm.rendezvous_port", port]
+        assert f"rollout.vllm.rendezvous_port: port {port} is taken; give a free one" in fails(
+            capsys, *words, *collective
+        )
+    quantised = engines.folder(tmp_path / "quantised")
+    settings = json.loads((quantised / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (quantised / "config.json").write_text(json.dumps(settings))
+    assert "quantised holds quantised weights (gptq), and players train and publish plain ones; give the" in fails(
+        capsys, *words, "--defender.model", str(quantised)
     )
     llm = ["--judge.kind", "llm", "--judge.endpoint"]
     assert "judge.endpoint.url: 'somewhere' is no address" in fails(capsys, *words, *llm, "{url: somewhere, model: m}")

@@ -1,0 +1,123 @@
+"""Runs of the lab: one child process a run, as many at once as there are cores, each resumable by itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from advgame.lab.variants import Variant
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a variant, a world, a seed. Its folder is <root>/<world>/<variant>/seed<k>."""
+
+    variant: Variant
+    world: str
+    seed: int
+    steps: int
+    exact_every: int
+    config: Path
+    root: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.world / self.variant.name / f"seed{self.seed}"
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_suffix(".log")
+
+    @property
+    def done(self) -> bool:
+        """Ended, and with as many steps as asked for now."""
+        return (self.folder / "summary.json").is_file() and self.steps_done >= self.steps
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that its metrics hold; the rows after the last step are of the final evaluation."""
+        try:
+            with (self.folder / "metrics.jsonl").open("rb") as file:
+                return min(self.steps, sum(1 for _ in file))
+        except OSError:
+            return 0
+
+    @property
+    def overrides(self) -> list[str]:
+        return [
+            "--run.seed", str(self.seed), "--world.seed", str(self.seed), "--run.steps", str(self.steps),
+            "--run.exact_every", str(self.exact_every), "--run.tensorboard", "false", *self.variant.words,
+        ]  # fmt: skip
+
+    def command(self) -> list[str]:
+        """A fresh start, or a resumption where a checkpoint lies."""
+        base = [sys.executable, "-m", "advgame.cli"]
+        checkpoints = self.folder / "checkpoints"
+        if checkpoints.is_dir() and any(checkpoints.glob("step-*")):
+            return [*base, "resume", str(self.folder), "--quiet", *self.overrides]
+        if self.folder.exists():
+            shutil.rmtree(self.folder)  # it ended before its first checkpoint
+        placed = ["--run.root", str(self.folder.parent), "--run.name", self.folder.name]
+        return [*base, "train", str(self.config), "--quiet", *placed, *self.overrides]
+
+
+@dataclass
+class Running:
+    job: Job
+    process: subprocess.Popen[bytes]
+
+
+def run_jobs(jobs: Sequence[Job], at_once: int, watch: Callable[[Sequence[Job], Sequence[Job]], None]) -> list[Job]:
+    """Runs what is not done yet; returns the jobs that failed. `watch(running, failed)` is called twice a second.
+
+    On Ctrl-C the children are asked to stop as if Ctrl-C had been theirs (they save a checkpoint), and
+    KeyboardInterrupt goes on.
+    """
+    waiting = [job for job in jobs if not job.done]
+    running: list[Running] = []
+    failed: list[Job] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                running.append(_start(waiting.pop(0)))
+            time.sleep(0.5)
+            for one in [r for r in running if r.process.poll() is not None]:
+                running.remove(one)
+                if one.process.returncode != 0 or not one.job.done:
+                    failed.append(one.job)
+            watch([r.job for r in running], failed)
+    except BaseException:
+        for one in running:
+            one.process.send_signal(signal.SIGINT)
+        for one in running:
+            one.process.wait()
+        raise
+    return failed
+
+
+def _start(job: Job) -> Running:
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = job.command()
+    with job.log.open("ab") as log:
+        # its own session: a Ctrl-C at the terminal reaches the lab alone, which then tells each child once
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+    return Running(job, process)
+
+
+def last_words(job: Job) -> str:
+    """The last line of a failed run's log."""
+    try:
+        lines = job.log.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        return str(error)
+    return next((line.strip() for line in reversed(lines) if line.strip()), "no message")

@@ -1,0 +1,1 @@
+"""What a cluster would do with a config: memory, time and energy, each number traceable to an assumption."""

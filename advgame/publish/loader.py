@@ -1,0 +1,63 @@
+"""The channel for engines that allow nothing else: a shared file in the trainer's layout, read by vLLM's own loader."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advgame.publish.arena import Arena, flat_view
+from advgame.publish.plan import ALIGNMENT, Source
+
+
+class LoaderChannel:
+    """The trainer writes a shared file in its own layout; the engine then loads it like a checkpoint.
+
+    Right wherever vLLM can reload a model, at the price of its loader: every parameter is copied, split and processed
+    by Python again.
+    """
+
+    # on the CPU a repacked tied head would keep its old copy through vLLM's reload; plain weights have no copies
+    direct = True
+
+    def __init__(self, sources: Sequence[Source], dtype: str):
+        self.sources, self.dtype = tuple(sources), dtype
+        self.notes: tuple[str, ...] = ()
+        self._entries: list[list[Any]] = []
+        self._arena: Arena | None = None
+        self._tensors: dict[str, Tensor] = {}
+
+    @property
+    def destinations(self) -> Mapping[str, Tensor]:
+        return self._tensors
+
+    def prepare(self) -> dict[str, str]:
+        return {}
+
+    async def attach(self, llm: Any) -> None:
+        if self._arena is not None:
+            return  # the file is this side's; a new engine opens it at each delivery
+        dtype = getattr(torch, self.dtype)
+        end = 0
+        for source in self.sources:
+            elements = torch.Size(source.shape).numel()
+            self._entries.append([source.name, self.dtype, list(source.shape), end])
+            end += -(-elements * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        self._arena = Arena(end)
+        self._tensors = {
+            name: flat_view(self._arena.bytes, offset, torch.Size(shape).numel(), dtype).view(shape)
+            for name, _, shape, offset in self._entries
+        }
+
+    async def deliver(self, llm: Any, *, verify: bool) -> None:
+        assert self._arena is not None
+        await llm.collective_rpc("advgame_load", args=(self._arena.path, self._arena.size, self._entries))
+
+    def close(self) -> None:
+        self._tensors = {}
+        self._entries = []
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None

@@ -1,0 +1,58 @@
+"""Single requests to vLLM: what is refused beforehand, how they are sampled, what their errors mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from advgame.rollout.engine import EngineError, Request
+
+
+def check(request: Request, name: str, positions: int, vocabulary: int) -> None:
+    """EngineError for what vLLM would cut short in silence or die of."""
+    ids, most = request.prompt_ids, request.sampling.max_tokens
+    if not ids:
+        raise EngineError(f"{name}: the prompt is empty")
+    if len(ids) + most > positions:
+        raise EngineError(
+            f"{name}: prompt of {len(ids)} tokens + max_tokens {most} exceeds the engine's {positions} positions"
+        )
+    if min(ids) < 0 or max(ids) >= vocabulary:
+        raise EngineError(f"{name}: the prompt has ids outside the vocabulary of {vocabulary}")
+
+
+def parameters(request: Request, stop_ids: Sequence[int], *, every_token: bool) -> Any:
+    """vLLM's sampling parameters; with `every_token` an output comes with each token, not at the end only."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=request.sampling.temperature,
+        top_p=request.sampling.top_p,
+        max_tokens=request.sampling.max_tokens,
+        seed=request.seed,
+        stop_token_ids=list(stop_ids),
+        logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.CUMULATIVE if every_token else RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def version_of(made: Any, current: int) -> int:
+    """The weights' version that made a completion's first token.
+
+    Older vLLM stamps nothing; then nothing runs during a publish (`finish`) and the engine's version is right.
+    """
+    spans = getattr(made, "weight_versions", None)
+    return int(spans[0].version) if spans else current
+
+
+def is_death(error: Exception) -> bool:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    return isinstance(error, EngineDeadError)
+
+
+def is_refusal(error: Exception) -> bool:
+    """A request that vLLM does not take, by the class names of different versions."""
+    return isinstance(error, ValueError) or type(error).__name__ in ("VLLMValidationError", "EngineGenerateError")

@@ -1,0 +1,131 @@
+"""Trainer and engine ranks at their meeting: memory for all or for none, reasons, strangers, ranks that never come."""
+
+import threading
+
+import pytest
+import torch
+from test_plan import SOURCES, Fused, plan_of
+
+from advgame.errors import InputError
+from advgame.publish import cuda_memory
+from advgame.publish.arena import SharedMemory, device_checksum
+from advgame.publish.binding import bind, checksums, compare, open_part
+from advgame.publish.destinations import Destinations
+from advgame.publish.meeting import VARIABLE, Call, Meeting
+from advgame.publish.record import PlanRefused
+
+CPU = torch.device("cpu")
+
+
+def rank_of(meeting, rank, world, *, refused=(), model=None, seen=None):
+    """A rank in a thread of its own, as vLLM's worker would be in a process."""
+
+    def run():
+        call = Call(meeting.environment[VARIABLE])
+        assert (call.model, call.sources) == ("fused", SOURCES)
+        memory = call.answer(rank, world, "cpu", None if refused else plan_of(rank, world), refused)
+        if seen is not None:
+            seen[rank] = memory
+        if memory is not None:
+            bind(model, plan_of(rank, world), open_part(memory, CPU))
+            call.settled()
+        call.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_parameters_move_into_the_trainers_memory(world):
+    memory = SharedMemory()
+    meeting = Meeting("fused", SOURCES, memory.grant, seconds=20)
+    models = [Fused(rank, world) for rank in range(world)]
+    with torch.no_grad():
+        for model in models:
+            model.norm.fill_(3)
+    threads = [rank_of(meeting, rank, world, model=models[rank]) for rank in reversed(range(world))]
+    plans = meeting.outcome(20)
+    [thread.join() for thread in threads]
+    meeting.close()
+    memory.settled()
+    assert [plan.rank for plan in plans] == list(range(world))
+    assert all(model.norm.eq(3).all() for model in models), "what was loaded came along"
+    made, tensors = Destinations(plans, memory.parts), {s.name: torch.randn(s.shape) for s in SOURCES}
+    for name, tensor in tensors.items():
+        made[name].copy_(tensor)
+    made.settle()
+    for rank, model in enumerate(models):
+        loaded = Fused(rank, world)
+        loaded.load_weights(tensors.items())
+        for mine, theirs in zip(model.parameters(), loaded.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+        assert model.head.data_ptr() == model.embed.data_ptr()
+        compare(checksums(model, plans[rank]), checksums(loaded, plans[rank]))
+        loaded.norm.data[1] += 1
+        with pytest.raises(RuntimeError, match="1 of 4 places differ from what was written, first norm"):
+            compare(checksums(model, plans[rank]), checksums(loaded, plans[rank]))
+
+
+def test_one_rank_that_refuses_leaves_all_where_they_are():
+    seen = {}
+    meeting = Meeting("fused", SOURCES, SharedMemory().grant, seconds=20)
+    threads = [rank_of(meeting, 0, 2, seen=seen), rank_of(meeting, 1, 2, refused=["experts may move"], seen=seen)]
+    with pytest.raises(PlanRefused, match="experts may move"):
+        meeting.outcome(20)
+    [thread.join() for thread in threads]
+    meeting.close()
+    assert seen == {0: None, 1: None}
+
+
+def test_a_grant_that_fails_is_the_trainers_error():
+    def grant(plans, devices):
+        raise InputError("no memory")
+
+    meeting = Meeting("fused", SOURCES, grant, seconds=20)
+    thread = rank_of(meeting, 0, 1)
+    with pytest.raises(InputError, match="no memory"):
+        meeting.outcome(20)
+    thread.join()
+    meeting.close()
+
+
+def test_strangers_and_ranks_that_never_come():
+    meeting = Meeting("fused", SOURCES, SharedMemory().grant, seconds=20)
+    name, _, seconds = meeting.environment[VARIABLE].split()
+    with pytest.raises(ConnectionError, match="gone"):
+        Call(f"{name} wrong {seconds}")
+    with pytest.raises(RuntimeError, match="without asking where its weights should live"):
+        meeting.outcome(0.1)
+    meeting.close()
+
+
+def test_closing_does_not_wait_for_a_rank_that_hangs():
+    meeting = Meeting("fused", SOURCES, SharedMemory().grant, seconds=1000)
+    call = Call(meeting.environment[VARIABLE])  # and then it says nothing
+    meeting.close()
+    call.close()
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_expandable_segments_are_refused(name):
+    cuda_memory.refuse_expandable({name: "expandable_segments:False"})
+    with pytest.raises(InputError, match=f"ipc cannot share memory of expandable segments; take .* out of {name}"):
+        cuda_memory.refuse_expandable({name: "max_split_size_mb:20,expandable_segments:True"})
+
+
+def test_the_engines_gpu_must_be_visible_here():
+    assert cuda_memory.local_device("b", ["a", "b"]) == 1
+    with pytest.raises(InputError, match="GPU c visible to the trainer too"):
+        cuda_memory.local_device("c", ["a", "b"])
+
+
+def test_the_checksum_of_a_device_sees_bytes_and_places():
+    data = torch.arange(1000).to(torch.uint8)
+    seen = {device_checksum(data), device_checksum(data.roll(1)), device_checksum(data.flip(0))}
+    for place in range(0, 1000, 7):
+        changed = data.clone()
+        changed[place] += 1
+        seen.add(device_checksum(changed))
+    assert len(seen) == 3 + 143
+    assert device_checksum(data) == device_checksum(data.clone())
