@@ -1,45 +1,78 @@
-"""Attention over packed sequences, plugged into any Hugging Face decoder through its attention interface.
+"""Attention over packed spans, plugged into any Hugging Face decoder through its attention interface.
 
-Everything outside attention runs on the packed tokens. Inside, queries, keys and values are spread into one row
-a sequence and a plain causal SDPA runs over them: no mask over tokens x tokens, whose cost is quadratic in the
-batch, and right padding that a causal row never reads.
+Everything outside attention runs on the packed tokens; inside, one of three backends (`spans_sdpa`, `spans_flex`,
+`spans_flash`) lets each span attend to its prefix and itself. A trial at the start shows, for the very model that
+is about to train, that this computes what each sequence computes alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from advgame.errors import InputError
+from advgame.game.tree import Sample
+from advgame.learn.packing import PackedBatch, Span, pack
+from advgame.learn.spans_flash import FlashLayout, find_varlen
+from advgame.learn.spans_flex import FlexLayout
+from advgame.learn.spans_sdpa import SdpaLayout
 
 NAME = "advgame_packed"
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+"""Largest gap of a trial, as a share of the hidden states' size."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where packed tokens lie in the padded (sequences, longest) grid."""
+class Layout(Protocol):
+    """A batch's spans as one backend wants them."""
 
-    spread: Tensor  # (sequences, longest): packed token of each cell, 0 in the padding
-    gather: Tensor  # (tokens,): cell of each packed token
-
-    @staticmethod
-    def of(token_bounds: Sequence[int], device: torch.device) -> Layout:
-        bounds = torch.tensor(token_bounds)
-        lengths = bounds.diff()
-        longest = int(lengths.max())
-        column = torch.arange(longest)
-        inside = column < lengths.unsqueeze(1)
-        spread = torch.where(inside, bounds[:-1].unsqueeze(1) + column, 0)
-        gather = inside.flatten().nonzero().squeeze(1)
-        return Layout(spread.to(device), gather.to(device))
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor: ...
 
 
+LayoutOf = Callable[[Sequence[Span], torch.device], Layout]
+
+
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> LayoutOf:
+    """The backend that `learn.attention` names; `auto`: SDPA on a CPU, else flash-attention where it runs, else flex.
+
+    InputError where the machine lacks what was asked for.
+    """
+    gpu, half = device.type == "cuda", dtype != torch.float32
+    if name == "auto":
+        if not gpu:
+            return SdpaLayout
+        varlen = find_varlen(builds=False) if half else None
+        return FlexLayout if varlen is None else _flash(varlen)
+    if name == "sdpa":
+        return SdpaLayout
+    if name == "flex":
+        if not gpu:
+            raise InputError("learn.attention: flex has no backward pass on a CPU; use sdpa")
+        return FlexLayout
+    if not gpu or not half:
+        raise InputError("learn.attention: flash needs a GPU and learn.dtype: bfloat16; use auto")
+    varlen = find_varlen(builds=True)
+    if varlen is None:
+        raise InputError("learn.attention: no flash-attention for this machine; pip install flash-attn, or use auto")
+    return _flash(varlen)
+
+
+def _flash(varlen: Callable[..., Any]) -> LayoutOf:
+    return lambda spans, device: FlashLayout(spans, device, varlen)
+
+
+@torch.compiler.disable  # spans differ from batch to batch: around attention all shapes are (tokens, ...)
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,  # (1, heads, tokens, head_dim)
@@ -54,71 +87,79 @@ def packed_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sequence of `layout`; returns (1, tokens, heads, head_dim)."""
-    sequences, longest = layout.spread.shape
+    """Attention within the spans of `layout`; returns (1, tokens, heads, head_dim)."""
     if dropout:
         raise ValueError("packed attention has no dropout; set the model's attention_dropout to 0")
-
-    def rows(x: Tensor) -> Tensor:  # -> (sequences, heads, longest, head_dim)
-        return x[0].transpose(0, 1)[layout.spread].transpose(1, 2)
-
-    q, k, v = rows(query), rows(key), rows(value)
-    window = sliding_window if sliding_window is not None and sliding_window < longest else None
-    if window is None and softcap is None:
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-        )
-    else:
-        out = _eager(q, k, v, scaling, window, softcap)
-    flat = out.transpose(1, 2).reshape(sequences * longest, q.shape[1], v.shape[3])
-    return flat[layout.gather].unsqueeze(0), None
-
-
-def _eager(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float | None) -> Tensor:
-    """The forms SDPA has no name for: a sliding window, soft-capped scores (Gemma)."""
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    position = torch.arange(q.shape[2], device=q.device)
-    distance = position.unsqueeze(1) - position
-    visible = (distance >= 0) & (distance < (window or q.shape[2]))
-    return scores.masked_fill(~visible, -torch.inf).float().softmax(-1).to(v.dtype) @ v
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return layout.attend(q, k, v, scaling, sliding_window, softcap).unsqueeze(0), None
 
 
 AttentionInterface.register(NAME, packed_attention)
 
 
-def use_packed_attention(model: PreTrainedModel, field: str) -> None:
-    """Switches `model` to packed attention, after a trial on three short sequences.
+def use_packed_attention(
+    model: PreTrainedModel,
+    field: str,
+    layout_of: LayoutOf = SdpaLayout,
+    dtype: torch.dtype = torch.float32,
+) -> str | None:
+    """Switches `model` to packed attention, after trials on short sequences.
 
-    InputError if its architecture has no attention interface, or if packed sequences do not compute what each
-    computes alone: attention sinks, convolutions and other state across tokens would leak or be lost in silence.
+    Returns None if prompts can be shared, else a line that says why they cannot. InputError if the architecture
+    has no attention interface, or if packed sequences do not compute what each computes alone: attention sinks,
+    convolutions and other state across tokens would leak or be lost in silence.
     """
-    refusal = f"{field}: {type(model).__name__} cannot be trained on packed sequences"
+    name = type(model).__name__
+    refusal = f"{field}: {name} cannot be trained on packed sequences"
     if not getattr(model, "_supports_attention_backend", False):
         raise InputError(f"{refusal}: it does not take an attention backend; use another architecture")
-    device = model.device
-    lengths, vocabulary = (5, 9, 3), model.config.get_text_config().vocab_size
-    ids = [(torch.arange(n, device=device) * 7 + n) % vocabulary for n in lengths]
+    vocabulary = model.config.get_text_config().vocab_size
+
+    def ids(count: int, salt: int) -> tuple[int, ...]:
+        return tuple((i * 7 + salt) % vocabulary for i in range(count))
+
+    def sample(prompt: tuple[int, ...], tokens: tuple[int, ...]) -> Sample:
+        return Sample(prompt, tokens, (0.0,) * len(tokens), "stop", 0)
+
+    one, two = ids(5, 3), ids(4, 9)
+    samples = [sample(one, ids(6, 1)), sample(two, ids(2, 2)), sample(one, ids(9, 4)), sample(one, ids(1, 5))]
     try:
-        with torch.no_grad():
-            alone = torch.cat([model.get_decoder()(input_ids=i.unsqueeze(0)).last_hidden_state[0] for i in ids])
+        with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+            alone = [_alone(model, s) for s in samples]
             model.set_attn_implementation(NAME)
-            positions = torch.cat([torch.arange(n, device=device) for n in lengths])
-            packed = packed_hidden(model, torch.cat(ids).unsqueeze(0), positions.unsqueeze(0), (0, 5, 14, 17))
+            gap, shared_gap = (
+                _gap(model, pack(samples, model.device, share=share), layout_of, torch.cat(alone))
+                for share in (False, True)
+            )
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise InputError(f"{refusal}: {type(error).__name__}: {error}") from error
-    gap = float((packed - alone).abs().max() / alone.abs().max())
-    if not gap < 1e-3:
+    if not gap < TOLERANCE[dtype]:
         raise InputError(f"{refusal}: they differ by {gap:.1e} of their size from each sequence alone")
+    if not shared_gap < TOLERANCE[dtype]:
+        return f"{field}: {name} cannot share a prompt between completions (they differ by {shared_gap:.1e}); unshared"
+    return None
+
+
+def _alone(model: PreTrainedModel, sample: Sample) -> Tensor:  # (completion, hidden)
+    ids = torch.tensor([(*sample.prompt_ids, *sample.token_ids[:-1])], device=model.device)
+    hidden: Tensor = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+    return hidden[len(sample.prompt_ids) - 1 :].float()
+
+
+def _gap(model: PreTrainedModel, batch: PackedBatch, layout_of: LayoutOf, alone: Tensor) -> float:
+    packed = packed_hidden(model, batch, layout_of).float()
+    return float((packed - alone).abs().max() / alone.abs().max())
 
 
 def packed_hidden(
-    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, token_bounds: Sequence[int]
-) -> Tensor:  # (tokens, hidden)
-    """Last hidden states of a packed batch, the LM head left out."""
-    layout = Layout.of(token_bounds, input_ids.device)
-    decoder = model.get_decoder()
-    out = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, layout=layout)
-    return out.last_hidden_state[0]
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    layout_of: LayoutOf = SdpaLayout,
+    decoder: Callable[..., Any] | None = None,
+) -> Tensor:  # (rows, hidden)
+    """Last hidden states of the rows of `batch`, the LM head left out. `decoder`: a compiled form of the model's."""
+    layout = layout_of(batch.spans, batch.input_ids.device)
+    run = model.get_decoder() if decoder is None else decoder
+    out = run(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, layout=layout)
+    hidden: Tensor = out.last_hidden_state[0]
+    return hidden.index_select(0, batch.rows)

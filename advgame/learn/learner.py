@@ -22,7 +22,10 @@ from transformers.utils import logging as transformers_logging
 from advgame.errors import InputError
 from advgame.game.pairs import Group, Member, Pair
 from advgame.game.tree import Sample
-from advgame.learn.attention import packed_hidden, use_packed_attention
+from advgame.learn.attention import choose_backend, packed_hidden, use_packed_attention
+from advgame.learn.compute import checkpoint_layers, compiled_decoder
+from advgame.learn.meter import Meter
+from advgame.learn.micro import micro_batches
 from advgame.learn.objective import (
     Head,
     TokenTargets,
@@ -36,7 +39,8 @@ from advgame.learn.objective import (
     spread,
     token_logps,
 )
-from advgame.learn.packing import PackedBatch, micro_batches, pack
+from advgame.learn.optimizer import clipped_step, make_optimizer
+from advgame.learn.packing import PackedBatch, pack
 from advgame.learn.reference import ReferenceChoice, snapshot, weights_of
 from advgame.learn.settings import LearnSettings
 from advgame.publish.capture import PublishPass
@@ -74,12 +78,13 @@ class Learner:
     samples. initial: the weights before training, kept only where an objective refers to them. previous: the average
     before the last publish, kept only where play runs one step ahead and pairs recompute their reference from it.
     updates: optimiser steps made; averages: steps of the shadow. Updates may run in a thread; whoever serves the live
-    player meanwhile waits for the end of one.
+    player meanwhile waits for the end of one. notes: what a user should know of
+    how it trains.
     """
 
     def __init__(
         self,
-        folder: Path,
+        source: Path | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         settings: LearnSettings,
         *,
@@ -92,11 +97,18 @@ class Learner:
     ):
         self.settings = settings
         self.tokenizer = tokenizer
-        self.model: PreTrainedModel = load_model(folder, field, remote_code=remote_code).to(device)
+        made = source if isinstance(source, PreTrainedModel) else load_model(source, field, remote_code=remote_code)
+        self.model: PreTrainedModel = made.to(device)
         # eval: dropout would differ between policy and reference pass, and draw from a stream no checkpoint holds
         self.model.eval()
-        use_packed_attention(self.model, field)
+        self._layout = choose_backend(settings.attention, self.model.device, self._dtype)
+        unshared = use_packed_attention(self.model, field, self._layout, self._dtype)
+        self.share = settings.share_prefixes == "auto" and unshared is None
+        self.notes = [unshared] if unshared is not None and settings.share_prefixes == "auto" else []
         self._head_checked(field)
+        if settings.checkpointing:
+            checkpoint_layers(self.model, field)
+        self._decoder = compiled_decoder(self.model) if settings.compile else None
         self.parameters = dict(self.model.named_parameters())
         self.shadow: dict[str, Tensor] = snapshot(self.model) if ema else {}
         refers = settings.objective in ("grpo", "reinforce") or settings.reference == "initial"
@@ -104,13 +116,7 @@ class Learner:
         self.recomputes = settings.objective in ("dpo", "ipo") and settings.reference in ("auto", "recompute")
         self.previous: dict[str, Tensor] = snapshot(self.model) if ema and ahead and self.recomputes else {}
         self.base_lr = lr or settings.lr
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=self.base_lr,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        self.optimizer = make_optimizer(self.parameters.values(), settings, self.base_lr, self.model.device)
         self.reference = ReferenceChoice(settings.reference, settings.reference_tolerance)
         self.updates = 0
         self.averages = 0
@@ -145,36 +151,40 @@ class Learner:
         """One optimiser step on `pairs`: gradient = sum over pairs / number of pairs. No pair: no step."""
         if not pairs:
             return {"pairs": 0.0}
-        sums = {"loss": 0.0, "margin": 0.0, "accuracy": 0.0, "entropy": 0.0}
-        gaps, changes = [], []
+        meter = Meter()
         units = ((pair, (pair.chosen, pair.rejected)) for pair in pairs)
-        for part in micro_batches(units, self.settings.micro_tokens):
-            batch = pack([s for pair in part for s in (pair.chosen, pair.rejected)], self.model.device)
+        for part in micro_batches(units, self.settings.micro_tokens, share=self.share):
+            batch = self._pack([s for pair in part for s in (pair.chosen, pair.rejected)], meter)
             sampled = sequence_sums(batch.sampler_logps, batch)
             reference, recomputed = self._pair_reference(batch, sampled)
             out = preference(self._hidden(batch), self.head, batch, reference, len(pairs), self.settings)
             out.loss.backward()
             share = len(part) / len(pairs)
-            sums["loss"] += float(out.loss.detach())
-            sums["margin"] += float(out.margins.mean()) * share
-            sums["accuracy"] += float(out.accuracies.mean()) * share
+            meter.add("loss", out.loss)
+            meter.add("margin", out.margins.mean() * share)
+            meter.add("accuracy", out.accuracies.mean() * share)
             if out.entropy is not None:
-                sums["entropy"] += float(out.entropy.mean()) * share
+                meter.add("entropy", out.entropy.mean() * share)
             if recomputed:
                 gap = sampled - reference
-                gaps.append((float(gap.abs().mean()), float(gap.abs().max()), share))
+                meter.add("reference_gap", gap.abs().mean() * share)
+                meter.most("reference_gap_max", gap.abs().max())
                 if self.settings.length_normalised:
                     gap = gap / sequence_lengths(batch)
                 shift = gap[0::2] - gap[1::2]
-                changes.append((coefficient_change(out.margins - shift, out.margins, self.settings), share))
-        sums["grad_norm"] = self._apply(progress)
-        if changes:
-            sums["reference_gap"] = sum(mean * share for mean, _, share in gaps)
-            sums["reference_gap_max"] = max(most for _, most, _ in gaps)
-            sums["reference_change"] = max(change for change, _ in changes)
-            if self.reference.decided is None:
-                self.reference.measured(sums["reference_change"])
-        return sums | {"pairs": float(len(pairs))}
+                margins = out.margins.detach()
+                meter.most("reference_change", coefficient_change(margins - shift, margins, self.settings))
+        meter.add("grad_norm", self._apply(progress))
+        values = meter.read()
+        if "reference_change" in values and self.reference.decided is None:
+            self.reference.measured(values["reference_change"])
+        return values | {"pairs": float(len(pairs))}
+
+    def _pack(self, samples: Sequence[Sample], meter: Meter) -> PackedBatch:
+        batch = pack(samples, self.model.device, share=self.share)
+        meter.add("tokens", float(batch.tokens))
+        meter.add("tokens_saved", float(batch.unshared - batch.tokens))
+        return batch
 
     def _pair_reference(self, batch: PackedBatch, sampled: Tensor) -> tuple[Tensor, bool]:
         """Reference log-probs by sequence, and whether they were recomputed from the sampler's own weights."""
@@ -191,11 +201,12 @@ class Learner:
 
         Called before an update: what sampled is then the average (the live player where there is none), unchanged.
         """
-        part = next(micro_batches(((s, (s,)) for s in samples), self.settings.micro_tokens))
-        batch = pack(list(part), self.model.device)
+        part, *_ = micro_batches(((s, (s,)) for s in samples), self.settings.micro_tokens)
+        batch = pack(part, self.model.device, share=self.share)
         weights = self.shadow or {name: p.data for name, p in self.parameters.items()}
         gap = sequence_sums(batch.sampler_logps - self._reference_logps(batch, weights), batch).abs()
-        return SamplerGap(float(gap.mean()), float(gap.max()), float(sequence_lengths(batch).float().mean()))
+        mean, largest = torch.stack([gap.mean(), gap.max()]).tolist()
+        return SamplerGap(mean, largest, batch.row_bounds[-1] / batch.sequences)
 
     @_alone
     def update_groups(self, groups: Sequence[Group], progress: float) -> Metrics:
@@ -208,22 +219,23 @@ class Learner:
         if not weighted:
             return {"members": 0.0}
         parts: list[tuple[PackedBatch, list[Member], list[float], Tensor]] = []
-        for part in micro_batches((((m, w), (m.sample,)) for m, w in weighted), self.settings.micro_tokens):
+        meter = Meter()
+        units = (((m, w), (m.sample,)) for m, w in weighted)
+        for part in micro_batches(units, self.settings.micro_tokens, share=self.share):
             learning = [m for m, _ in part]
-            batch = pack([m.sample for m in learning], self.model.device)
+            batch = self._pack([m.sample for m in learning], meter)
             parts.append((batch, learning, [w for _, w in part], self._reference_logps(batch, self.initial)))
         advantages = self._advantages(parts)
-        sums = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}
         tokens = sum(batch.row_bounds[-1] for batch, *_ in parts)
         for (batch, _, row_weights, reference), advantage in zip(parts, advantages, strict=True):
             targets = TokenTargets(advantage, spread(row_weights, batch), reference)
             out = policy(self._hidden(batch), self.head, batch, targets, self.settings)
             out.loss.backward()
-            sums["loss"] += float(out.loss.detach())
-            sums["kl"] += float(out.kl) / tokens
-            sums["clip_fraction"] += float(out.clip_fraction) * batch.row_bounds[-1] / tokens
-        sums["grad_norm"] = self._apply(progress)
-        return sums | {"members": float(len(weighted))}
+            meter.add("loss", out.loss)
+            meter.add("kl", out.kl / tokens)
+            meter.add("clip_fraction", out.clip_fraction * (batch.row_bounds[-1] / tokens))
+        meter.add("grad_norm", self._apply(progress))
+        return meter.read() | {"members": float(len(weighted))}
 
     def _advantages(self, parts: Sequence[tuple[PackedBatch, list[Member], list[float], Tensor]]) -> list[Tensor]:
         if self.settings.objective == "reinforce":
@@ -233,8 +245,8 @@ class Learner:
     def _hidden(self, batch: PackedBatch) -> Tensor:
         """Hidden states of the response rows, in the compute type."""
         with self._autocast():
-            hidden = packed_hidden(self.model, batch.input_ids, batch.position_ids, batch.token_bounds)
-        return hidden[batch.rows].to(self._dtype)
+            hidden = packed_hidden(self.model, batch, self._layout, self._decoder)
+        return hidden.to(self._dtype)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.settings.dtype == "float32":
@@ -246,15 +258,13 @@ class Learner:
         with weights_of(self.model, tensors):
             return token_logps(self._hidden(batch), self.head, batch).logps
 
-    def _apply(self, progress: float) -> float:
-        """Clips, steps, clears; returns the gradient norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip_norm)
+    def _apply(self, progress: float) -> Tensor:
+        """Clips, steps, clears; returns the gradient norm before clipping, on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr_at(progress)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = clipped_step(self.optimizer, self.settings.clip_norm)
         self.updates += 1
-        return float(norm)
+        return norm
 
     @torch.no_grad()
     def publish_into(self, served: Mapping[str, Tensor]) -> None:

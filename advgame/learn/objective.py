@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from advgame.game.pairs import Group, Member
-from advgame.learn.packing import PackedBatch
+from advgame.learn.packing import PackedBatch, to_device
 from advgame.learn.settings import LearnSettings
 
 PREFERENCE_KINDS = {"dpo": "sigmoid", "ipo": "ipo"}
@@ -57,18 +57,17 @@ def token_logps(hidden: Float[Tensor, "rows hidden"], head: Head, batch: PackedB
 
 
 def sequence_lengths(batch: PackedBatch) -> Int[Tensor, " sequences"]:
-    return torch.tensor(batch.row_bounds).diff().to(batch.labels.device)
+    return to_device(torch.tensor(batch.row_bounds).diff(), batch.labels.device)
 
 
 def sequence_sums(values: Float[Tensor, " rows"], batch: PackedBatch) -> Float[Tensor, " sequences"]:
     """Sums of token values over each sequence."""
-    owner = torch.repeat_interleave(sequence_lengths(batch))
-    return torch.zeros(batch.sequences, dtype=values.dtype, device=values.device).index_add_(0, owner, values)
+    return torch.zeros(batch.sequences, dtype=values.dtype, device=values.device).index_add_(0, batch.owner, values)
 
 
 def coefficient_change(
     rollout: Float[Tensor, " pairs"], recomputed: Float[Tensor, " pairs"], settings: LearnSettings
-) -> float:
+) -> Float[Tensor, ""]:
     """How much the per-pair gradient coefficient moves if margins use the sampler's reference log-probs.
 
     The coefficient is the derivative of the pair's loss by its margin h: beta * sigmoid(-beta h) for DPO,
@@ -81,7 +80,7 @@ def coefficient_change(
         return settings.beta * torch.sigmoid(-settings.beta * h)
 
     old, new = coefficient(recomputed), coefficient(rollout)
-    return float(torch.quantile((new - old).abs() / old.abs().mean(), 0.95))
+    return torch.quantile((new - old).abs() / old.abs().mean(), 0.95)
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,7 @@ class TokenTargets:
 
 def spread(values: Sequence[float], batch: PackedBatch) -> Float[Tensor, " rows"]:
     """One value a sequence -> one a token."""
-    per_sequence = torch.tensor(values, dtype=torch.float32, device=batch.labels.device)
-    return torch.repeat_interleave(per_sequence, sequence_lengths(batch))
+    return to_device(torch.tensor(values, dtype=torch.float32), batch.labels.device)[batch.owner]
 
 
 def member_weights(groups: Sequence[Group], aggregate: str) -> list[list[float]]:

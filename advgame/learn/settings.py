@@ -35,7 +35,27 @@ class LearnSettings(Section):
     )
     ema_gamma: PositiveFloat = Field(6.94, description="power: exponent; 6.94 averages over about 10 % of the steps.")
     accumulate: bool = Field(False, description="One update a step over both categories; off: one each.")
-    micro_tokens: PositiveInt = Field(16384, description="Most tokens of one packed forward (pairs are not split).")
+    micro_tokens: PositiveInt = Field(
+        16384,
+        description="Most tokens of one packed forward and backward: bounds activation memory (a pair is not split).",
+    )
+    attention: Literal["auto", "sdpa", "flash", "flex"] = Field(
+        "auto",
+        description="Packed attention: torch's SDPA in buckets of like lengths, flash-attention 2 or 3, FlexAttention; "
+        "auto: sdpa on a CPU, on a GPU flash where it is installed (bfloat16 only), else flex.",
+    )
+    share_prefixes: Literal["auto", "off"] = Field(
+        "auto",
+        description="Compute a prompt once for all completions of it in a micro-batch; auto falls back to a copy each, "
+        "with a note, for models that fail the trial.",
+    )
+    checkpointing: bool = Field(
+        False, description="Keep only each layer's input, compute the rest again in the backward pass: less memory."
+    )
+    compile: bool = Field(False, description="Run the decoder through torch.compile (attention stays as it is).")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="AdamW with fp32 moments, or with 8-bit ones (needs bitsandbytes and a GPU)."
+    )
     schedule: Literal["joint", "sequential"] = Field("joint", description="Both players learn, or by turns.")
     round_steps: PositiveInt = Field(50, description="Steps of one player's turn (sequential; the Attacker begins).")
     nll_weight: NonNegativeFloat = Field(0.0, description="Weight of the chosen completion's token-mean NLL.")

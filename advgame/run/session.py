@@ -89,7 +89,8 @@ class Session:
         """Starts every engine; returns what a user should know of them. Raises EngineError if one does not start."""
         for engine in self.engines:
             await engine.start()
-        return notes_of(self.config, self.engines)
+        notes = notes_of(self.config, self.engines)
+        return notes + [note for learner in self.learners.values() for note in learner.notes]
 
     async def close(self) -> None:
         for one in (*(side.engine for side in self.sides), *self.others):

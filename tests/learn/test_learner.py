@@ -196,7 +196,7 @@ def test_coefficient_change():
     recomputed = torch.tensor([0.0, 0.0])
     assert coefficient_change(recomputed, recomputed, settings) == 0.0
     change = coefficient_change(torch.tensor([1.0, 1.0]), recomputed, settings)
-    assert change == pytest.approx(1 - 2 / (1 + math.exp(0.1)), rel=1e-4)
+    assert float(change) == pytest.approx(1 - 2 / (1 + math.exp(0.1)), rel=1e-4)
 
 
 def test_learning_rate_is_a_cosine_to_its_floor(folder):

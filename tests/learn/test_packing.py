@@ -6,7 +6,7 @@ import torch
 
 from advgame.game.tree import Sample
 from advgame.learn.attention import packed_hidden, use_packed_attention
-from advgame.learn.packing import input_length, micro_batches, pack
+from advgame.learn.packing import Span, pack
 
 
 def sample(prompt, tokens):
@@ -20,7 +20,9 @@ def test_layout():
     batch = pack(SAMPLES)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 4, 4]]
     assert batch.position_ids.tolist() == [[*range(5), *range(10), *range(2)]]
-    assert batch.token_bounds == (0, 5, 15, 17)
+    assert batch.spans == (Span(0, 5), Span(5, 10), Span(15, 2))
+    assert batch.unshared == batch.tokens == 17
+    assert batch.owner.tolist() == [0] * 3 + [1] * 10 + [2]
     assert batch.rows.tolist() == [2, 3, 4, *range(5, 15), 16]
     assert batch.labels.tolist() == [8, 9, 2, 11, 12, 13, 14, 15, 16, 17, 18, 19, 2, 2]
     assert batch.row_bounds == (0, 3, 13, 14)
@@ -46,8 +48,7 @@ def test_packed_logits_equal_each_sequences_own(family, tied):
     use_packed_attention(packed, "defender.model")
     batch = pack(SAMPLES)
     with torch.no_grad():
-        hidden = packed_hidden(packed, batch.input_ids, batch.position_ids, batch.token_bounds)
-        logits = hidden[batch.rows] @ packed.get_output_embeddings().weight.T
+        logits = packed_hidden(packed, batch) @ packed.get_output_embeddings().weight.T
     cap = getattr(packed.config, "final_logit_softcapping", None)
     if cap:
         logits = cap * torch.tanh(logits / cap)
@@ -59,8 +60,7 @@ def test_gradients_flow_as_in_separate_sequences():
     alone, packed = models.model(), models.model()
     use_packed_attention(packed, "x")
     batch = pack(SAMPLES)
-    hidden = packed_hidden(packed, batch.input_ids, batch.position_ids, batch.token_bounds)
-    hidden[batch.rows].square().sum().backward()
+    packed_hidden(packed, batch).square().sum().backward()
     for s in SAMPLES:
         ids = torch.tensor([[*s.prompt_ids, *s.token_ids[:-1]]])
         out = alone.model(input_ids=ids).last_hidden_state
@@ -68,12 +68,3 @@ def test_gradients_flow_as_in_separate_sequences():
     for (name, ours), theirs in zip(packed.named_parameters(), alone.parameters(), strict=True):
         if theirs.grad is not None:
             torch.testing.assert_close(ours.grad, theirs.grad, atol=2e-4, rtol=1e-4, msg=name)
-
-
-def test_micro_batches_keep_units_whole_and_in_order():
-    units = [(i, (s, s)) for i, s in enumerate(SAMPLES)]
-    assert [2 * input_length(s) for s in SAMPLES] == [10, 20, 4]
-    assert list(micro_batches(units, 30)) == [[0, 1], [2]]
-    assert list(micro_batches(units, 1)) == [[0], [1], [2]]
-    assert list(micro_batches(units, 100)) == [[0, 1, 2]]
-    assert list(micro_batches([], 100)) == []
