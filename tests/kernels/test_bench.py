@@ -1,0 +1,79 @@
+"""The benchmark's own instruments: what it calls memory is memory, and everybody it times computes the same loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import head, peers
+from bench.floors import Bandwidth
+from bench.kernels import main
+from bench.memory import peak_in_child
+
+CASE = head.HeadCase(vocab=211, width=16, rows=40, response=24, pairs=2, dtype=torch.float32)
+
+
+def allocate(mebibytes: int) -> Callable[[], object]:
+    torch.ones(1)
+    return lambda: [torch.ones(mebibytes << 18).sum() for _ in range(3)]  # one after the other: not their sum
+
+
+def fail() -> Callable[[], object]:
+    raise ValueError("nothing to prepare\nfrom")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_peak_of_a_fresh_process():
+    peak = peak_in_child(allocate, 100)
+    assert isinstance(peak, int)
+    assert 100 << 20 <= peak <= 112 << 20
+    assert peak_in_child(fail) == "ValueError: nothing to prepare"
+
+
+def test_every_contender_that_runs_here_computes_the_same_gradients():
+    problem = head.make_problem(CASE, torch.device("cpu"))
+    kept = {}
+
+    class Recorder:
+        def __init__(self, problem: head.Problem) -> None:
+            self.__dict__ |= vars(problem)
+
+        def grads(self, loss: torch.Tensor) -> None:
+            kept[name] = (loss.detach(), *torch.autograd.grad(loss, (problem.hidden, problem.weight)))
+
+    for name, run in head.contenders(CASE.dtype).items():
+        if name in peers.COMPILED:
+            continue
+        try:
+            run(Recorder(problem))
+        except head.ERRORS:  # not installed, or only for a GPU
+            continue
+
+    assert {"ours, float32 logits", "eager torch", "eager torch, all rows"} <= set(kept)
+    want = kept["eager torch"]
+    for name, found in kept.items():
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_response_rows_follow_their_prompts():
+    problem = head.make_problem(CASE, torch.device("cpu"))
+    assert problem.index.tolist() == [p for start in (4, 14, 24, 34) for p in range(start, start + 6)]
+
+
+def test_the_grid_and_a_small_head_of_ones_own(monkeypatch):
+    seen = []
+    monkeypatch.setattr("bench.kernels.bench_preference", lambda case, *a: seen.append(case) or {})
+    monkeypatch.setattr("bench.kernels.bandwidth", lambda *a: Bandwidth(1e9, 1e9))
+    for name in ("margin_errors", "bench_logprobs", "bench_ema"):
+        monkeypatch.setattr(f"bench.kernels.{name}", lambda *a: {})
+    assert main(["--device", "cpu", "--vocab", "64", "--rows", "20", "--response", "0.5", "--repeats", "1"]) == 0
+    assert [(c.vocab, c.width, c.rows, c.response) for c in seen] == [(64, 896, 20, 10)] * 2
+    seen.clear()
+    assert main(["--device", "cpu", "--grid", "--repeats", "1"]) == 0
+    assert len(seen) == 3 * 4 * 3 * 2
+    assert {c.vocab for c in seen} == {151_936, 152_064, 128_256}
