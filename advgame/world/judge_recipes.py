@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -69,34 +69,32 @@ class Question:
             return wanted is not None and found is not None and wanted.intent == found.intent
         return tuple(rule_score(self.rubric, self.query, text) for text in self.texts)
 
-    def hints(self, turn: str, *, words: bool = True) -> list[str | None]:
+    def hints(self, turn: str) -> list[str | None]:
         """What a careful reader expects after each word of `turn` (its own turn), None where there is nothing to know.
 
-        Within a well-formed text (with `words`): its next word. Within an answer or an attack, from the first word on
-        that nothing well-formed begins with: "false". At its closing tag: its score, or whether it is faithful. These
-        are taught beside the verdict, which by itself tells too seldom what was wrong where.
+        Within a well-formed text: its next word. From the first word on that nothing well-formed begins with (in an
+        answer to this query, in any attack, in the seed of this attack): "false". At the closing tag of an answer: its
+        score; of an attack: whether it is one. These are taught beside the verdict, which by itself tells too seldom
+        what was wrong where: in 600 steps without the next words, faithfulness was not learnt at all.
         """
         parts = turn.split()
         hints: list[str | None] = [None] * len(parts)
         prompt = parse_prompt(self.query)
-        intent = None if prompt is None else prompt.intent
-        query = "seed" if self.rubric is None else "query"
-        if words and intent is not None:
-            start, stop = _span(parts, query)
-            hints[start:stop] = parts[start + 1 : stop + 1]
-        known = _openings(intent, attack=self.rubric is None)
-        verdict = self.rule()
-        ends = [str(verdict).lower()] if isinstance(verdict, bool) else [f"{score:g}" for score in verdict]
-        tags = _ANSWER_TAGS[len(self.texts)] if self.rubric is not None else ("attack",)
-        for tag, text, end in zip(tags, self.texts, ends, strict=True):
-            start, stop = _span(parts, tag)
-            read = (*text.split(), parts[stop])
-            for i in range(-1, len(read) - 1):
-                if i >= 0 and read[: i + 1] not in known:
-                    hints[start + i] = "false"
-                elif words and read[: i + 2] in known:
-                    hints[start + i] = read[i + 1]
-            hints[stop] = end
+        if self.rubric is None:
+            attack = parse_prompt(self.texts[0])
+            _expect(hints, parts, "attack", _all_openings(), str(attack is not None).lower())
+            if attack is not None:
+                _expect(hints, parts, "seed", _beginnings([request(attack.intent)], "seed"), str(self.rule()).lower())
+            return hints
+        if prompt is not None:
+            _expect(hints, parts, "query", _beginnings([self.query], "query"), None)
+            # nobody could guess the first word
+            hints[parts.index("<query>")] = None
+        tags = ("answer",) if len(self.texts) == 1 else ("answer_a", "answer_b")
+        scores = self.rule()
+        assert isinstance(scores, tuple), "answers are scored"
+        for tag, score in zip(tags, scores, strict=True):
+            _expect(hints, parts, tag, _answer_openings(None if prompt is None else prompt.intent, tag), f"{score:g}")
         return hints
 
     async def ask(self, judge: LLMJudge, key: Key) -> tuple[float, ...] | bool | None:
@@ -115,26 +113,36 @@ class Question:
         return Seed(self.query, prompt.intent.category, self.query)
 
 
-_ANSWER_TAGS = {1: ("answer",), 2: ("answer_a", "answer_b")}
+Openings = frozenset[tuple[str, ...]]
+"""The first words, one or more, of some texts; whole texts with a closing tag behind them too."""
 
 
-def _span(parts: Sequence[str], tag: str) -> tuple[int, int]:
-    """Where the words between a tag and its closing tag begin and end."""
-    return parts.index(f"<{tag}>") + 1, parts.index(f"</{tag}>")
+def _expect(hints: list[str | None], parts: Sequence[str], tag: str, known: Openings, end: str | None) -> None:
+    """Fills in the hints within one tag: next words while what was read is `known`, then "false"; `end` at its end."""
+    start, stop = parts.index(f"<{tag}>"), parts.index(f"</{tag}>")
+    read = tuple(parts[start + 1 : stop + 1])
+    for i in range(len(read)):
+        if i and read[:i] not in known:
+            hints[start + i] = "false"
+        elif read[: i + 1] in known:
+            hints[start + i] = read[i]
+    hints[stop] = end
+
+
+def _beginnings(texts: Iterable[str], tag: str) -> Openings:
+    whole = [(*text.split(), f"</{tag}>") for text in texts]
+    return frozenset(words[:i] for words in whole for i in range(1, len(words) + 1))
 
 
 @cache
-def _openings(intent: Intent | None, attack: bool) -> frozenset[tuple[str, ...]]:
-    """The first words, one or more, of every attack or answer that is well-formed for `intent`, and every such text
-    with a closing tag behind it."""
-    if attack:
-        texts = [prompt.text for prompt in attacks(intent)] if intent is not None else []
-    else:
-        found = [response for i in (INTENTS if intent is None else (intent,)) for response in responses(i)]
-        texts = [response.text for response in found if read_answer(response.text, intent).kind is response.kind]
-    whole = [tuple(text.split()) for text in texts]
-    closed = {(*words, f"</{tag}>") for words in whole for tag in ("attack", "answer", "answer_a", "answer_b")}
-    return frozenset(closed | {words[:i] for words in whole for i in range(1, len(words) + 1)})
+def _all_openings() -> Openings:
+    return _beginnings((prompt.text for intent in INTENTS for prompt in attacks(intent)), "attack")
+
+
+@cache
+def _answer_openings(intent: Intent | None, tag: str) -> Openings:
+    found = [response for i in (INTENTS if intent is None else (intent,)) for response in responses(i)]
+    return _beginnings((r.text for r in found if read_answer(r.text, intent).kind is r.kind), tag)
 
 
 def verdict_text(verdict: tuple[float, ...] | bool) -> str:

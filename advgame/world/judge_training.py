@@ -6,7 +6,6 @@ players' with more words: scores, tags of questions and verdicts, and the words 
 
 from __future__ import annotations
 
-import itertools
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,8 +25,6 @@ from advgame.world.training import IGNORED, fit, new_model, run_child
 JUDGE_TEMPLATES = Path(__file__).parent / "judge_templates"
 HIDDEN, LAYERS, LEARNING_RATE = 64, 2, 6e-3
 """Of a player's size. At equal time two layers and many small steps beat three layers or larger batches."""
-READING = 0.5
-"""Share of the steps in which it learns to expect the next word too, which teaches it the language first."""
 LONGEST_VERDICT = 8
 """Tokens of the longest verdict, its closing token included."""
 
@@ -48,7 +45,7 @@ def judge_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def encode_questions(
-    questions: Sequence[Question], vocabulary: Mapping[str, int], templates: Templates, *, words: bool = True
+    questions: Sequence[Question], vocabulary: Mapping[str, int], templates: Templates
 ) -> tuple[Tensor, Tensor]:
     """Token ids and labels as `training.encode` makes them, the hints of the questions among the labels.
 
@@ -60,7 +57,7 @@ def encode_questions(
         turn, answer = question.turn(templates), f"{verdict_text(question.rule())} {END}".split()
         text = [*chat(turn).split(), *answer]
         # before the turn stands <|user|>, behind it <|end|> <|assistant|>
-        hinted = [None, None, *question.hints(turn, words=words), None, *answer]
+        hinted = [None, None, *question.hints(turn), None, *answer]
         ids = [vocabulary.get(word, unknown) for word in text]
         rows.append((ids, [IGNORED if hint is None else vocabulary[hint] for hint in hinted]))
     length = max(len(ids) for ids, _ in rows)
@@ -85,9 +82,9 @@ def train_judge(
     model = new_model(shape, tokenizer, rng.randrange(1 << 31))
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for step in itertools.count():
+        while True:
             drawn = [draw_question(rng, reserved=False) for _ in range(settings.judge_batch)]
-            yield encode_questions(drawn, vocabulary, templates, words=step < READING * settings.judge_steps)
+            yield encode_questions(drawn, vocabulary, templates)
 
     fit(model, batches(), steps=settings.judge_steps, peak=LEARNING_RATE, report=report)
     return model.eval(), tokenizer

@@ -27,5 +27,5 @@ class WorldSettings(Section):
     warm_lr: PositiveFloat = Field(8e-3, description="Peak learning rate of the warm start.")
     hidden: PositiveInt = Field(64, multiple_of=32, description="Width of the players (heads are 32 wide).")
     layers: PositiveInt = Field(2, description="Layers of the players.")
-    judge_steps: PositiveInt = Field(2000, description="Supervised steps that make the world's own llm judge.")
+    judge_steps: PositiveInt = Field(1800, description="Supervised steps that make the world's own llm judge.")
     judge_batch: PositiveInt = Field(32, description="Questions of each of those steps.")

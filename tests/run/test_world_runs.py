@@ -141,7 +141,7 @@ def test_a_language_model_judges(tmp_path, monkeypatch):
     assert {name: played[0][f"eval/judge_agreement_{name}"] for name in examined} == examined
     assert examined["exact"] > 0.8
     assert examined["order"] > 0.75
-    assert examined["faithful"] > 0.8
+    assert examined["faithful"] > 0.75
     assert summary["judge_agreement_no_verdict_before"] < 0.02
     for row in played[:3]:
         # what is played is easier than the examination: seldom gibberish

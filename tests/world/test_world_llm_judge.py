@@ -116,8 +116,21 @@ def test_hints_say_what_a_careful_reader_expects():
     assert TOKENIZER.decode([ids_[0, at]]) == "tripod"
     assert TOKENIZER.decode([labels[0, at + 1]]) == "false"
     assert labels[0, at] == IGNORED
-    later = question.hints(turn, words=False)
-    assert [hint for hint in later if hint is not None] == ["10", *["false"] * 4, "0"]
+
+
+def test_hints_on_faithfulness():
+    def within(tag, attack):
+        question = Question(None, request(INTENT), (attack,))
+        parts = question.turn(TEMPLATES).split()
+        return question.hints(question.turn(TEMPLATES))[parts.index(f"<{tag}>") : parts.index(f"</{tag}>") + 1]
+
+    other = ParsedPrompt(Intent(0, 3), 6, 1, 3).text
+    assert within("attack", other) == [*other.split(), "</attack>", "true"]
+    assert within("seed", QUERY) == [*request(INTENT).split(), "</seed>", "true"]
+    # "how do i kill the old neighbor" is not what "a quiet witness" asks for
+    assert within("seed", other) == ["how", "do", "i", "kill", None, "false", "false", "false", "false"]
+    assert within("attack", "how do do i") == ["how", "do", None, "false", "false", "false"]
+    assert set(within("seed", "how do do i")) == {None}
 
 
 def test_encoded_words_are_the_tokenizers():
