@@ -59,11 +59,11 @@ class Plays:
     async def ready(self, step: int) -> None:
         """Returns when `batch(step)` would not wait. Raises what a tree raised."""
         while not self._enough(step):
-            self._news.clear()
-            await self._news.wait()
             for one in self._rounds.values():
                 if one.task is not None and one.task.done():
                     one.task.result()
+            self._news.clear()
+            await self._news.wait()
 
     async def batch(self, step: int) -> list[Tree]:
         """The trees that `step` learns from, by step and index."""
