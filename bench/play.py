@@ -20,6 +20,7 @@ import json
 import math
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -154,7 +155,7 @@ async def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         for role in ROLES[: options.engines]
     }
     first, *_ = engines.values()
-    sampling = Sampling(1.0, 1.0, options.cut)
+    sampling = Sampling(options.temperature, 1.0, options.cut)
     frames = {"attacker": "<think> why </think> <prompt> {} </prompt>"}
     speakers = {}
     for role in ROLES:
@@ -207,6 +208,7 @@ async def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         used = {role: speaker.meter.take() for role, speaker in speakers.items()}
         engine_seconds = {role: busy / batches for role, (busy, _) in used.items()}
         requests = {role: summed / batches for role, (_, summed) in used.items()}
+        print(f"  {name}: {seconds:.1f} s a batch", file=sys.stderr, flush=True)
         runs[name].append({"seconds": seconds, "engine": engine_seconds, "requests": requests})
         return made
 
@@ -276,6 +278,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--max-sequences", type=int, default=256, help="most completions that an engine decodes at once"
     )
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy, which spares vLLM a generator a row")
     parser.add_argument("--cache-gib", type=float, default=0.5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", action="store_true", help="write bench/results/play-<engines>-cpu-<date>.json")

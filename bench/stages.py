@@ -21,7 +21,10 @@ async def play_stages(table: Table, seeds: Sequence[Seed], step: int) -> list[Tr
     made = await asyncio.gather(
         *(ask(table.templates.attacker(seeds[t]), (step, t, Stream.ATTACK, a)) for t, a in places)
     )
-    prompts = [None if sample is None else parse_attack(text, reasoning=rules.reasoning) for sample, text in made]
+    prompts = [
+        parse_attack(text, reasoning=rules.reasoning) if sample is not None and sample.finished else None
+        for sample, text in made
+    ]
 
     async def faithful(t: int, a: int, prompt: str | None) -> bool | None:
         if prompt is None:
@@ -49,7 +52,7 @@ async def play_stages(table: Table, seeds: Sequence[Seed], step: int) -> list[Tr
             table.judge,
             defender_rubric(seeds[t].category),
             attack.prompt,
-            [(d, r.answer) for d, r in enumerate(group) if r.answer is not None],
+            [(d, r.answer) for d, r in enumerate(group) if r.outcome is Outcome.OK and r.answer is not None],
             pairwise=True,
             key=(step, t, Stream.DEFENDER_JUDGE, a),
         )

@@ -216,6 +216,24 @@ def test_late_trees_join_the_next_step(words, tmp_path, slow_trees, ahead):
     assert cli.main(["resume", str(run), "--quiet", "--data.harmful", "1"]) == 2
 
 
+def test_a_late_trees_bug_is_heard_of(words, monkeypatch):
+    """A tree that breaks after its step has gone on without it must end the run, not be waited for."""
+    generate = TransformersEngine.generate
+
+    async def breaks(self, request):
+        step, index, *_ = request.key
+        if step == 1 and index == 7:
+            await asyncio.sleep(0.2)
+            raise ZeroDivisionError("a bug")
+        return await generate(self, request)
+
+    monkeypatch.setattr(TransformersEngine, "generate", breaks)
+    late = ["--run.deterministic", "false", "--run.carry_over", "0.25", "--learn.reference", "rollout"]
+    with pytest.raises(BaseExceptionGroup) as caught:
+        cli.main([*words, "--run.name", "a", *late])
+    assert caught.group_contains(ZeroDivisionError)
+
+
 def fails(capsys, *words):
     capsys.readouterr()
     assert cli.main([*words]) == 2
