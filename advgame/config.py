@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
 from advgame.errors import InputError
+from advgame.learn.settings import LoraSettings
 from advgame.rollout.settings import EndpointSettings, RolloutSettings, Section
 from advgame.world.settings import WorldSettings
 
@@ -141,6 +142,10 @@ class LearnSettings(Section):
     compile: bool = Field(False, description="Run the decoder through torch.compile (attention stays as it is).")
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw", description="AdamW with fp32 moments, or with 8-bit ones (needs bitsandbytes and a GPU)."
+    )
+    lora: LoraSettings | None = Field(
+        None,
+        description="Train low-rank adapters (peft): average and reference are adapters, served is the merged model.",
     )
     schedule: Literal["joint", "sequential"] = Field("joint", description="Both players learn, or by turns.")
     round_steps: PositiveInt = Field(50, description="Steps of one player's turn (sequential; the Attacker begins).")

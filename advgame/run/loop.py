@@ -229,7 +229,8 @@ def save(session: Session, folder: RunFolder, progress: Progress) -> None:
 
 def state_of(session: Session, name: str) -> PlayerState:
     learner = session.learners[name]
-    return PlayerState(learner.model, learner.tokenizer, learner.shadow, learner.optimizer, learner.updates)
+    adapters = learner.settings.lora
+    return PlayerState(learner.model, learner.tokenizer, learner.shadow, learner.optimizer, learner.updates, adapters)
 
 
 def _is_problem(counter: str) -> bool:
