@@ -2,8 +2,8 @@
 `python -m bench step [--device cuda] [--size 0.5b|7b] [--out FILE]`.
 
 Both start from the same weights, moving average, optimiser and sampled completions, and must find the same gradients.
-Every contender runs in processes of its own, in alternating rounds; memory is the peak of the step above what weights,
-moments and averages take. Lengths are drawn as stated below, a quarter of them on a CPU.
+Every contender runs in processes of its own, in alternating rounds; memory is the peak of forward and backward above
+what weights, moments and averages take. Lengths are drawn as stated below, a quarter of them on a CPU.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from advgame.run.malloc import keep_freed_memory
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -98,27 +99,36 @@ def child(name: str, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
         replace(p, chosen=replace(p.chosen, logprobs=next(logps)), rejected=replace(p.rejected, logprobs=next(logps)))
         for p in pairs
     ]
-    contender = Contender(name, model, spec["dtype"])
-    gap = compare(contender.gradients(pairs), folder / "gradients.safetensors", write=name == "published")
+    try:
+        return measured_steps(Contender(name, model, spec["dtype"]), pairs, spec["steps"], folder)
+    except torch.OutOfMemoryError:
+        return {"too_large": True}
+
+
+def measured_steps(contender: Contender, pairs: Sequence[Pair], steps: int, folder: Path) -> dict[str, Any]:
+    """The peak of forward and backward (AdamW works in place), the gradients compared, seconds of whole steps."""
+    device = contender.model.device
+    keep_freed_memory()  # as a run does: else every large tensor faults its pages in anew
     contender.warm_optimizer()
+    with Peak(device) as peak:
+        gradients = contender.gradients(pairs)
+    gap = compare(gradients, folder / "gradients.safetensors")
+    del gradients
+    contender.learner.optimizer.zero_grad(set_to_none=True)
     seconds = []
-    peak = 0
-    for _ in range(spec["steps"]):
-        with Peak(device) as measured:
-            start = time.perf_counter()
-            contender.step(pairs)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        peak = max(peak, measured.bytes)
-    return {"seconds": seconds, "peak": peak, "gap": gap}
+    for _ in range(steps):
+        start = time.perf_counter()
+        contender.step(pairs)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds, "peak": peak.bytes, "gap": gap}
 
 
-def compare(gradients: Mapping[str, Tensor], file: Path, *, write: bool) -> float:
-    """Largest relative distance of any parameter's gradient from the published way's, which `write` keeps."""
-    if write:
-        if not file.exists():
-            save_file({n: g.detach().cpu().contiguous() for n, g in gradients.items()}, file)
+def compare(gradients: Mapping[str, Tensor], file: Path) -> float:
+    """Largest relative distance of any parameter's gradient from the first contender's, which keeps its own."""
+    if not file.exists():
+        save_file({n: g.detach().cpu().contiguous() for n, g in gradients.items()}, file)
         return 0.0
     with safe_open(file, framework="pt") as kept:
         assert set(kept.keys()) == set(gradients)
@@ -144,13 +154,13 @@ def useful_flops(spec: Mapping[str, Any], pairs: Sequence[Pair]) -> float:
 
 
 def layers_that_fit(size: str, device: torch.device, most: int = 28) -> int:
-    """Layers whose state leaves a quarter of the GPU's memory to the steps themselves."""
+    """Layers whose state leaves half of the GPU's memory to the steps themselves."""
     config = config_of({"size": size, "layers": 1})
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config)
     whole = sum(p.numel() for p in model.parameters())
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
-    room = 0.75 * torch.cuda.mem_get_info(device)[1] / STATE_BYTES
+    room = 0.5 * torch.cuda.mem_get_info(device)[1] / STATE_BYTES
     return max(1, min(most, int((room - (whole - layer)) // layer)))
 
 
@@ -159,7 +169,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", choices=SHAPES, default="0.5b", help="width, heads and vocabulary")
     parser.add_argument("--layers", type=int, help="depth (default: 2 on a CPU, as many as fit on a GPU)")
-    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--pairs", type=int, help="default: 4 on a CPU, 16 on a GPU")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute (default: bfloat16 on a GPU)")
     parser.add_argument("--rounds", type=int, default=3, help="processes of the published way and of ours, each")
     parser.add_argument("--steps", type=int, default=1, help="measured steps of a process")
@@ -177,7 +187,8 @@ def main(arguments: list[str]) -> int:
     device = torch.device(chosen.device)
     gpu = device.type == "cuda"
     spec = {
-        "device": chosen.device, "size": chosen.size, "pairs": chosen.pairs, "steps": chosen.steps,
+        "device": chosen.device, "size": chosen.size, "pairs": chosen.pairs or (16 if gpu else 4),
+        "steps": chosen.steps,
         "layers": chosen.layers or (layers_that_fit(chosen.size, device) if gpu else 2),
         "dtype": chosen.dtype or ("bfloat16" if gpu else "float32"),
     }  # fmt: skip
@@ -217,6 +228,9 @@ def measure(
     flops = useful_flops(spec, pairs)
     table: dict[str, dict[str, float]] = {}
     for name, found in results.items():
+        if any("too_large" in one for one in found):
+            print(f"{name}: does not fit into memory")
+            continue
         seconds = [s for one in found for s in one["seconds"]]
         middle = statistics.median(seconds)
         table[name] = {

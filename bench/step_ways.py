@@ -85,7 +85,7 @@ class Contender:
             model.set_attn_implementation(plain)
         self.model, self.settings = model, self.learner.settings
         self.initial = {n: p.detach().clone() for n, p in model.named_parameters()} if self._reads_initial else {}
-        self.served = {n: torch.empty_like(p, dtype=torch.bfloat16) for n, p in model.named_parameters()}
+        self.served = {n: torch.zeros_like(p, dtype=torch.bfloat16).fill_(1) for n, p in model.named_parameters()}
 
     @property
     def _reads_initial(self) -> bool:
@@ -102,10 +102,12 @@ class Contender:
         return {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
 
     def warm_optimizer(self) -> None:
-        """Makes the moments exist, without moving a weight, and clears the gradients."""
+        """Makes the moments exist without moving a weight."""
         optimizer = self.learner.optimizer
         for group in optimizer.param_groups:
             group["lr"] = 0.0
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for group in optimizer.param_groups:

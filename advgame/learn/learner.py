@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
-from advgame_kernels import ema_decay
+from advgame_kernels import ema_decay, ema_update_
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from advgame.errors import InputError
 from advgame.game.pairs import Group, Member, Pair
 from advgame.game.tree import Sample
+from advgame.learn import lora
 from advgame.learn.attention import choose_backend, packed_hidden, use_packed_attention
 from advgame.learn.compute import checkpoint_layers, compiled_decoder
 from advgame.learn.meter import Meter
@@ -74,12 +75,12 @@ def _alone(method: Callable[Concatenate[Learner, P], R]) -> Callable[Concatenate
 class Learner:
     """One player in training.
 
-    model: live player, fp32, packed attention. shadow: fp32 EMA by parameter name, empty when the live player
-    samples. initial: the weights before training, kept only where an objective refers to them. previous: the average
-    before the last publish, kept only where play runs one step ahead and pairs recompute their reference from it.
-    updates: optimiser steps made; averages: steps of the shadow. Updates may run in a thread; whoever serves the live
-    player meanwhile waits for the end of one. notes: what a user should know of
-    how it trains.
+    model: live player, fp32, packed attention. parameters: those that learn, all or the adapters. shadow: their fp32
+    EMA by name, empty when the live player samples. initial: what stood in their place before training, kept only where
+    an objective refers to it. previous: the average before the last publish, kept only where play runs one step ahead
+    and pairs recompute their reference from it. updates: optimiser steps made; averages: steps of the shadow. Updates
+    may run in a thread; whoever serves the live player meanwhile waits for the end of one. notes: what a user should
+    know of how it trains.
     """
 
     def __init__(
@@ -109,12 +110,16 @@ class Learner:
         if settings.checkpointing:
             checkpoint_layers(self.model, field)
         self._decoder = compiled_decoder(self.model) if settings.compile else None
-        self.parameters = dict(self.model.named_parameters())
-        self.shadow: dict[str, Tensor] = snapshot(self.model) if ema else {}
+        if settings.lora is not None:
+            lora.add_adapters(self.model, settings.lora, field)
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.shadow: dict[str, Tensor] = snapshot(self.parameters) if ema else {}
         refers = settings.objective in ("grpo", "reinforce") or settings.reference == "initial"
-        self.initial: dict[str, Tensor] = snapshot(self.model) if refers else {}
+        self.initial: dict[str, Tensor] = {}
+        if refers:
+            self.initial = snapshot(self.parameters) if settings.lora is None else lora.disabled(self.model)
         self.recomputes = settings.objective in ("dpo", "ipo") and settings.reference in ("auto", "recompute")
-        self.previous: dict[str, Tensor] = snapshot(self.model) if ema and ahead and self.recomputes else {}
+        self.previous: dict[str, Tensor] = snapshot(self.parameters) if ema and ahead and self.recomputes else {}
         self.base_lr = lr or settings.lr
         self.optimizer = make_optimizer(self.parameters.values(), settings, self.base_lr, self.model.device)
         self.reference = ReferenceChoice(settings.reference, settings.reference_tolerance)
@@ -266,6 +271,11 @@ class Learner:
         self.updates += 1
         return norm
 
+    @property
+    def published(self) -> Mapping[str, Tensor]:
+        """Tensors of the names and shapes that `publish_into` and `serve_into` write: those of a plain model."""
+        return self.parameters if self.settings.lora is None else lora.plain_parameters(self.model)
+
     @torch.no_grad()
     def publish_into(self, served: Mapping[str, Tensor]) -> None:
         """Moves the EMA one step and writes it into an engine's tensors in the same pass (live player: a copy)."""
@@ -273,9 +283,13 @@ class Learner:
             self.previous = {}
         if self.previous:
             torch._foreach_copy_(list(self.previous.values()), [self.shadow[name] for name in self.previous])
-        if self.shadow:
+        if not self.shadow:
+            self.serve_into(served)
+        elif self.settings.lora is None:
             self._publish(self.shadow, self.parameters, served, self._next_decay())
         else:
+            live = [p.data for p in self.parameters.values()]
+            ema_update_([self.shadow[name] for name in self.parameters], live, self._next_decay())
             self.serve_into(served)
 
     def _next_decay(self) -> float:
@@ -289,6 +303,10 @@ class Learner:
         """Writes the weights that sample, as they are, into an engine's tensors (a resumed run's first publish)."""
         with nullcontext() if self.shadow else self._changing:  # an engine may be restarted while this player learns
             source = self.shadow or {name: p.data for name, p in self.parameters.items()}
+            if self.settings.lora is not None:
+                for name, weight in lora.merged(self.model, source):
+                    served[name].copy_(weight)
+                return
             torch._foreach_copy_([served[name] for name in self.parameters], [source[name] for name in self.parameters])
 
 

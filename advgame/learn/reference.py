@@ -17,8 +17,8 @@ MEASURED_UPDATES = 4
 
 @contextmanager
 def weights_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, `model` computes with `tensors` (by parameter name) instead of its own weights; nothing is copied."""
-    parameters = dict(model.named_parameters())
+    """Inside, `model` computes with `tensors` in the parameters' places that they name; nothing is copied."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if name in tensors}
     own = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
@@ -57,6 +57,6 @@ class ReferenceChoice:
         self.decided, self.changes = decided, list(changes)
 
 
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A detached copy of all parameters, by name."""
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+def snapshot(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A detached copy of all, by name."""
+    return {name: p.detach().clone() for name, p in parameters.items()}

@@ -12,6 +12,16 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
+class LoraSettings(Section):
+    """Low-rank adapters instead of all weights."""
+
+    rank: PositiveInt = Field(16, description="Rank of an adapter.")
+    alpha: PositiveFloat = Field(32.0, description="Scale: an adapter adds alpha / rank times B A to its weight.")
+    targets: str | tuple[str, ...] = Field(
+        "all-linear", description="Names of the adapted layers, a pattern, or all-linear (all but the LM head)."
+    )
+
+
 class LearnSettings(Section):
     objective: Literal["dpo", "ipo", "grpo", "reinforce"] = Field(
         "dpo", description="dpo and ipo on pairs; grpo on groups; reinforce: REINFORCE++ (Self-RedTeam)."
@@ -55,6 +65,10 @@ class LearnSettings(Section):
     compile: bool = Field(False, description="Run the decoder through torch.compile (attention stays as it is).")
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw", description="AdamW with fp32 moments, or with 8-bit ones (needs bitsandbytes and a GPU)."
+    )
+    lora: LoraSettings | None = Field(
+        None,
+        description="Train low-rank adapters (peft): average and reference are adapters, served is the merged model.",
     )
     schedule: Literal["joint", "sequential"] = Field("joint", description="Both players learn, or by turns.")
     round_steps: PositiveInt = Field(50, description="Steps of one player's turn (sequential; the Attacker begins).")

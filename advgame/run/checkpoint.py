@@ -3,12 +3,15 @@ exactly.
 
     checkpoints/step-000050/
       attacker/  attacker-ema/  defender/  defender-ema/     model.safetensors, config.json, tokenizer
+      attacker-adapter/  attacker-ema-adapter/  ...          under learn.lora: what learns, as peft reads it
       optimizer-attacker.safetensors  optimizer-defender.safetensors
       previous-attacker.safetensors   ...                    the average before the last one, where pairs refer to it
       trees.jsonl.gz                                         played ahead and not yet learned from
       state.json                                             step, updates, options, checksums, config hash
 
-Nothing is pickled. How folders appear whole, are verified and pruned is in `checkpoint_files.py`.
+Under learn.lora the model folders hold merged weights, for others to load; a run resumes from the adapters, on the base
+model that it started from. Nothing is pickled. How folders appear whole, are verified and pruned is in
+`checkpoint_files.py`.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ from transformers.utils import logging as transformers_logging
 from advgame.errors import InputError
 from advgame.game.rewards import TreeRewards
 from advgame.game.tree import Tree
+from advgame.learn import lora
+from advgame.learn.settings import LoraSettings
 from advgame.run.checkpoint_files import checkpoint_problem, prune_checkpoints, read_state, writing_checkpoint
 from advgame.run.folder import RunFolder
 from advgame.run.optimizer_state import check_optimizer, pack_optimizer, unpack_optimizer
@@ -60,7 +65,7 @@ class PlayerState:
 
     model: the live player, fp32 master weights. shadow: its fp32 EMA by parameter name, empty when there is
     none. optimizer: None for a player that does not learn. updates: optimizer updates made so far. previous: the
-    EMA before the last publish, empty unless something refers to it.
+    EMA before the last publish, empty unless something refers to it. lora: how its adapters were made.
     """
 
     model: PreTrainedModel
@@ -69,6 +74,7 @@ class PlayerState:
     optimizer: torch.optim.Optimizer | None
     updates: int
     previous: Mapping[str, Tensor] = field(default_factory=dict)
+    lora: LoraSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -164,9 +170,10 @@ def _write_player(target: Path, name: str, player: PlayerState) -> dict[str, Any
     unknown = sorted(set(player.shadow) - set(parameters))
     if unknown:
         raise InputError(f"player {name}: the EMA holds {unknown[0]!r}, which is no parameter of the model")
-    _write_model(target / name, player, None)
+    write = _write_model if player.lora is None else _write_adapted
+    write(target / name, player, None)
     if player.shadow:
-        _write_model(target / f"{name}-ema", player, player.shadow)
+        write(target / f"{name}-ema", player, player.shadow)
     optimizer = None
     if player.optimizer is not None:
         tensors, optimizer = pack_optimizer(player.optimizer, parameters)
@@ -199,6 +206,17 @@ def _write_model(folder: Path, player: PlayerState, shadow: Mapping[str, Tensor]
     player.tokenizer.save_pretrained(folder)
 
 
+def _write_adapted(folder: Path, player: PlayerState, shadow: Mapping[str, Tensor] | None) -> None:
+    """The merged model as `from_pretrained` reads it, and beside it the adapters as peft does."""
+    assert player.lora is not None
+    adapters = lora.live_adapters(player.model) if shadow is None else shadow
+    buffers = {n: b for n, b in player.model.state_dict().items() if n in dict(player.model.named_buffers())}
+    with _no_progress_bars():
+        player.model.save_pretrained(folder, state_dict=dict(lora.merged(player.model, adapters)) | buffers)
+    player.tokenizer.save_pretrained(folder)
+    lora.save_adapters(folder.with_name(f"{folder.name}-adapter"), adapters, player.lora)
+
+
 def _check_player(path: Path, name: str, player: PlayerState, saved: Mapping[str, Any]) -> None:
     where = f"{path}, player {name}"
     _compare(where, "", saved["architecture"], _architecture(player.model))
@@ -222,9 +240,14 @@ def _compare(where: str, what: str, saved: Mapping[str, Any], live: Mapping[str,
 
 @torch.no_grad()
 def _read_player(path: Path, name: str, player: PlayerState, saved: Mapping[str, Any]) -> None:
-    _copy_model(path / name, player.model, _tensors(player.model))
-    if player.shadow:
-        _copy_model(path / f"{name}-ema", player.model, player.shadow)
+    if player.lora is not None:
+        lora.load_adapters(path / f"{name}-adapter", lora.live_adapters(player.model))
+        if player.shadow:
+            lora.load_adapters(path / f"{name}-ema-adapter", player.shadow)
+    else:
+        _copy_model(path / name, player.model, _tensors(player.model))
+        if player.shadow:
+            _copy_model(path / f"{name}-ema", player.model, player.shadow)
     if player.previous:
         # without one nothing was played ahead: what comes first will be sampled from the saved average itself
         file = path / f"previous-{name}.safetensors"

@@ -76,7 +76,7 @@ def open_engine(
             settings=config.rollout.vllm,
             dtype=config.rollout.dtype,
             stop_ids=stops,
-            channel=None if learner is None else open_channel(config, folder, learner.parameters),
+            channel=None if learner is None else open_channel(config, folder, learner.published),
             restore=None if learner is None else learner.serve_into,
             counters=counters,
             text_stops=name == "judge",

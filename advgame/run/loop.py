@@ -259,8 +259,9 @@ def save(session: Session, folder: RunFolder, progress: Progress, plays: Plays) 
 
 def state_of(session: Session, name: str) -> PlayerState:
     learner = session.learners[name]
+    adapters = learner.settings.lora
     return PlayerState(
-        learner.model, learner.tokenizer, learner.shadow, learner.optimizer, learner.updates, learner.previous
+        learner.model, learner.tokenizer, learner.shadow, learner.optimizer, learner.updates, learner.previous, adapters
     )
 
 
