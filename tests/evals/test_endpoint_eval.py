@@ -77,7 +77,8 @@ def test_a_server_that_dies_stops_the_run_and_keeps_what_was_made(tmp_path, caps
         plan.trouble = lambda text, number: None
         before = len(plan.seen)
         assert run(tmp_path, spec(url, concurrency=4)) == 0
-        assert len(plan.seen) - before == 200 - len(made) + 1
+        again = len(plan.seen) - before - (200 - len(made) + 1)
+        assert 0 <= again <= 4  # the server may see what was in flight at the stop only now
     assert len(stored(tmp_path)) == 200
 
 

@@ -69,7 +69,7 @@ def test_the_grid_and_a_small_head_of_ones_own(monkeypatch):
     seen = []
     monkeypatch.setattr("bench.kernels.bench_preference", lambda case, *a: seen.append(case) or {})
     monkeypatch.setattr("bench.kernels.bandwidth", lambda *a: Bandwidth(1e9, 1e9))
-    for name in ("margin_errors", "bench_logprobs", "bench_ema"):
+    for name in ("margin_errors", "bench_logprobs"):
         monkeypatch.setattr(f"bench.kernels.{name}", lambda *a: {})
     assert main(["--device", "cpu", "--vocab", "64", "--rows", "20", "--response", "0.5", "--repeats", "1"]) == 0
     assert [(c.vocab, c.width, c.rows, c.response) for c in seen] == [(64, 896, 20, 10)] * 2

@@ -97,7 +97,7 @@ def test_targets_that_cannot_be_adapted(tmp_path, targets, says):
 
 
 def state_of(made):
-    return PlayerState(made.model, made.tokenizer, made.shadow, made.optimizer, made.updates, made.settings.lora)
+    return PlayerState(made.model, made.tokenizer, made.shadow, made.optimizer, made.updates, lora=made.settings.lora)
 
 
 def test_a_checkpoint_resumes_exactly_and_loads_elsewhere(folder, tmp_path):

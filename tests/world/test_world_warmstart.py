@@ -92,7 +92,7 @@ def test_a_failing_child_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "__name__", "advgame.world.no_such_module")
     with pytest.raises(RuntimeError, match="no_such_module"):
         _ = open_world(FEW, tmp_path).defender_path
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_only_answers_are_labelled():
