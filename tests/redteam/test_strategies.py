@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 from scripted import SEED, Table, proposal
@@ -117,7 +118,8 @@ def test_pair_is_tap_without_branches_and_pruning(tmp_path):
     two = tap.search(settings)
     on_topic = [entry for entry in tap.log if "[[YES]]" not in entry[1][-1][1]]
     assert pair.log == on_topic  # TAP's topic checks found nothing to prune
-    assert one.candidates == two.candidates
+    # all alike but for the verdicts on the topic, which PAIR does not ask for
+    assert one.candidates == [replace(candidate, faithful=None) for candidate in two.candidates]
     assert len(one.candidates) == 12
 
 
