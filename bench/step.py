@@ -83,8 +83,8 @@ def model_of(spec: Mapping[str, Any]) -> Qwen2ForCausalLM:
         return Qwen2ForCausalLM(config_of(spec)).eval()
 
 
-def child(name: str, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """One contender: gradients (kept or compared), then the measured steps."""
+def child(name: str, task: str, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What one process does with one contender."""
     device = torch.device(spec["device"])
     pairs = pairs_of(spec["pairs"], SHAPES[spec["size"]]["vocab_size"], device.type == "cpu")
     model = model_of(spec)
@@ -100,29 +100,32 @@ def child(name: str, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
         for p in pairs
     ]
     try:
-        return measured_steps(Contender(name, model, spec["dtype"]), pairs, spec["steps"], folder)
+        contender = Contender(name, model, spec["dtype"])
+        contender.warm_optimizer()
+        keep_freed_memory()  # as a run does: else every large tensor faults its pages in anew
+        return timed(contender, pairs, spec["steps"]) if task == "time" else checked(contender, pairs, folder)
     except torch.OutOfMemoryError:
         return {"too_large": True}
 
 
-def measured_steps(contender: Contender, pairs: Sequence[Pair], steps: int, folder: Path) -> dict[str, Any]:
-    """The peak of forward and backward (AdamW works in place), the gradients compared, seconds of whole steps."""
-    device = contender.model.device
-    keep_freed_memory()  # as a run does: else every large tensor faults its pages in anew
-    contender.warm_optimizer()
-    with Peak(device) as peak:
+def checked(contender: Contender, pairs: Sequence[Pair], folder: Path) -> dict[str, Any]:
+    """The peak of forward and backward (AdamW works in place), and the gradients compared."""
+    with Peak(contender.model.device) as peak:
         gradients = contender.gradients(pairs)
-    gap = compare(gradients, folder / "gradients.safetensors")
-    del gradients
-    contender.learner.optimizer.zero_grad(set_to_none=True)
+    return {"peak": peak.bytes, "gap": compare(gradients, folder / "gradients.safetensors")}
+
+
+def timed(contender: Contender, pairs: Sequence[Pair], steps: int) -> dict[str, Any]:
+    """Seconds of whole steps, after one on two pairs."""
+    contender.step(pairs[:2])
     seconds = []
     for _ in range(steps):
         start = time.perf_counter()
         contender.step(pairs)
-        if device.type == "cuda":
+        if contender.model.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds, "peak": peak.bytes, "gap": gap}
+    return {"seconds": seconds}
 
 
 def compare(gradients: Mapping[str, Tensor], file: Path) -> float:
@@ -174,21 +177,22 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="processes of the published way and of ours, each")
     parser.add_argument("--steps", type=int, default=1, help="measured steps of a process")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--launch", default="", help="a command before each process, such as 'numactl -N 0'")
+    parser.add_argument("--launch", default="", help="a command before each timed process, such as 'numactl -N 0'")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--task", default="", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.child:
         spec = json.loads((chosen.folder / "spec.json").read_text())
-        print(json.dumps(child(chosen.child, spec, chosen.folder)))
+        print(json.dumps(child(chosen.child, chosen.task, spec, chosen.folder)))
         return 0
 
     device = torch.device(chosen.device)
     gpu = device.type == "cuda"
     spec = {
-        "device": chosen.device, "size": chosen.size, "pairs": chosen.pairs or (16 if gpu else 4),
-        "steps": chosen.steps,
+        "device": chosen.device, "size": chosen.size, "steps": chosen.steps,
+        "pairs": chosen.pairs or (16 if gpu else 4),
         "layers": chosen.layers or (layers_that_fit(chosen.size, device) if gpu else 2),
         "dtype": chosen.dtype or ("bfloat16" if gpu else "float32"),
     }  # fmt: skip
@@ -205,18 +209,23 @@ def measure(
     """Runs all processes, prints the table, returns what goes into the file."""
     (folder / "spec.json").write_text(json.dumps(spec))
 
-    def run(name: str) -> dict[str, Any]:
-        command = [*launch, sys.executable, "-m", "bench", "step", "--child", name, "--folder", str(folder)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    def run(name: str, task: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "bench", "step", "--child", name, "--task", task, "--folder", str(folder)]
+        done = subprocess.run(
+            [*launch, *command] if task == "time" else command, stdout=subprocess.PIPE, text=True, check=True
+        )
+        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        print(f"{name}, {task}: {result}", file=sys.stderr, flush=True)
+        return result
 
-    run("sampler")
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
-    ends = [name for name in ("published", "ours") if name in ways]
+    run("sampler", "check")
+    checks = {name: run(name, "check") for name in ways}
+    fitting = [name for name in ways if "too_large" not in checks[name]]
+    seconds: dict[str, list[float]] = {name: [] for name in fitting}
     for number in range(rounds):
-        for name in ways if number == 0 else ends:
-            results[name].append(run(name))
-            print(f"round {number + 1}: {name}: {results[name][-1]}", file=sys.stderr, flush=True)
+        for name in fitting:
+            if number == 0 or name in ("published", "ours"):
+                seconds[name] += run(name, "time")["seconds"]
 
     device = torch.device(spec["device"])
     config = config_of(spec)
@@ -227,17 +236,15 @@ def measure(
     tokens = sum(len(s.prompt_ids) + len(s.token_ids) for s in samples)
     flops = useful_flops(spec, pairs)
     table: dict[str, dict[str, float]] = {}
-    for name, found in results.items():
-        if any("too_large" in one for one in found):
-            print(f"{name}: does not fit into memory")
-            continue
-        seconds = [s for one in found for s in one["seconds"]]
-        middle = statistics.median(seconds)
+    for name in fitting:
+        middle = statistics.median(seconds[name])
         table[name] = {
-            "seconds": middle, "least": min(seconds), "most": max(seconds), "tokens_per_second": tokens / middle,
-            "utilisation": flops / middle / rate, "peak_bytes": max(one["peak"] for one in found),
-            "gradient_gap": max(one["gap"] for one in found),
+            "seconds": middle, "least": min(seconds[name]), "most": max(seconds[name]),
+            "tokens_per_second": tokens / middle, "utilisation": flops / middle / rate,
+            "peak_bytes": checks[name]["peak"], "gradient_gap": checks[name]["gap"],
         }  # fmt: skip
+    for name in sorted(set(ways) - set(fitting)):
+        print(f"{name}: does not fit into memory")
     result = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "device": device_name(device),
         "threads": torch.get_num_threads(), "torch": torch.__version__, "spec": spec, "seed": SEED,

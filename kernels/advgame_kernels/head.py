@@ -252,14 +252,30 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         # Out of place, so that a retained graph may be used again; the product lands in the gradient's final dtype.
         # Only a factor of 1 needs no product, and it can be read without waiting on the CPU alone.
-        one = upstream.device.type == "cpu" and float(upstream) == 1.0
+        one = upstream.device.type == "cpu" and not _keeps_graph() and float(upstream) == 1.0
         scaled: list[Tensor | None] = []
         for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
             if grad is None or (one and grad.dtype == dtype):
                 scaled.append(grad)
             else:
-                scaled.append(torch.mul(grad, upstream, out=memory.empty(grad.shape, dtype, grad.device)))
+                scaled.append(_product(grad, upstream, dtype))
         return None, *scaled, None, None, None
+
+
+def _keeps_graph() -> bool:
+    """Whether the running backward pass leaves its graph for another one; True where torch does not tell."""
+    told = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if told is None else bool(told())
+
+
+def _product(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad · factor, rounded once to `dtype`."""
+    out = memory.empty(grad.shape, dtype, grad.device)
+    if grad.device.type != "cpu" or grad.ndim == 0:
+        return torch.mul(grad, factor, out=out)
+    for rows in row_chunks(0, grad.shape[0], 4096):
+        out[rows] = grad[rows] * factor  # torch would make the whole product in float32 before it rounds
+    return out
 
 
 def attach(loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, grads: HeadGrads) -> Tensor:

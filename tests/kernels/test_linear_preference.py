@@ -229,3 +229,15 @@ def test_refusals_name_the_argument(change, message):
     } | change  # fmt: skip
     with pytest.raises(ValueError, match=message):
         ak.linear_preference_loss(**args)
+
+
+def test_a_gradient_changed_in_place_does_not_reach_a_second_pass():
+    """With the graph kept, what the first pass returned is the caller's to change."""
+    hidden, weight = torch.randn(8, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
+    out = ak.linear_preference_loss(hidden, weight, torch.arange(8), [0, 3, 8], torch.zeros(2))
+    first = torch.autograd.grad(out.loss, (hidden, weight), retain_graph=True)
+    kept = [g.clone() for g in first]
+    for g in first:
+        g.zero_()
+    second = torch.autograd.grad(out.loss, (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(kept, second, strict=True))
