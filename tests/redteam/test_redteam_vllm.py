@@ -32,7 +32,7 @@ def run(tmp_path, target, name):
 
 
 def test_a_server_and_an_engine_answer_alike(tmp_path):
-    folder = engines.folder(tmp_path / "m", seed=1)
+    folder = engines.folder(tmp_path / "m", "llama", seed=1)  # whose tokenizer every library reads as it is
     with serving_vllm(folder) as url:
         served = run(tmp_path, f"{url}#tiny?timeout_s=60", "served")
     embedded = run(tmp_path, f"vllm:{folder}", "embedded")

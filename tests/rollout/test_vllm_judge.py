@@ -56,7 +56,7 @@ def test_a_stop_text_ends_a_completion_at_the_token_that_completes_it(runner, ju
 def test_a_players_engine_refuses_stop_texts(runner, folder):
     engine = engines.vllm_engine(folder)
     with pytest.raises(EngineError, match="no tokenizer"):
-        engine._check(dataclasses.replace(engines.request((3, 9)), stop=("x",)))
+        runner.run(engine.generate(dataclasses.replace(engines.request((3, 9)), stop=("x",))))
 
 
 def test_a_rubric_is_computed_once(runner, judge, folder):
