@@ -142,9 +142,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--vocab", type=int)
     parser.add_argument("--width", type=int)
     parser.add_argument(
-        "--grid", action="store_true", help="three models' heads, 1 k to 32 k rows, 30 to 100 % response"
+        "--grid", action="store_true", help="three models' heads, 1 k to 32 k rows, 30 to 100 %% response"
     )
     parser.add_argument("--out", nargs="?", const=RESULTS, type=Path, help="write <device>-<date>.json and .svg here")
+    parser.add_argument("--slow", action="store_true", help="also the peers that take minutes on a CPU")
     parser.add_argument("--check", action="store_true", help="run tests/kernels first, and stop if they fail")
     options = parser.parse_args(arguments)
     if options.check:
@@ -160,7 +161,7 @@ def main(arguments: list[str]) -> int:
     result: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "bytes_per_s": asdict(memory)}
     result["margins"] = margin_errors(device)
     for name, case in cases(options).items():
-        result[name] = bench_preference(case, device, options.repeats or REPEATS[options.device])
+        result[name] = bench_preference(case, device, options.repeats or REPEATS[options.device], options.slow)
     for case in list(cases(options).values())[-2:]:
         dtype = str(case.dtype).removeprefix("torch.")
         result[f"logprobs: {dtype}"] = bench_logprobs(case.response, case.vocab, case.dtype, device, repeats, memory)

@@ -10,6 +10,7 @@ from typing import Any
 
 from advgame.rollout.meter import Meter
 from advgame.run import names
+from advgame.run.energy import JOULES_PER_KWH
 
 
 class Clock:
@@ -68,21 +69,23 @@ def judge_share(seconds: Mapping[str, float]) -> float | None:
 
 
 class Totals:
-    """Seconds and trees over all steps of a run, for the summary; saved with checkpoints."""
+    """Seconds, energy and trees over all steps of a run, for the summary; saved with checkpoints."""
 
     def __init__(self, saved: Mapping[str, float] | None = None) -> None:
         self.sums: Counter[str] = Counter(saved or {})
 
     def add(self, values: Mapping[str, float], trees: int) -> None:
         for key, value in values.items():
-            if key.startswith("seconds/"):
+            energy = key.startswith(names.ENERGY_PREFIX) and key.endswith(names.ENERGY_SUMS)
+            if energy or key.startswith("seconds/"):
                 self.sums[key] += value  # type: ignore[assignment]  # a Counter of floats
         self.sums["trees"] += trees
 
     def summary(self) -> dict[str, Any]:
-        """Trees an hour (evaluation left out), seconds by stage, engine-seconds by role, the judge's share."""
+        """Trees an hour (evaluation left out), seconds by stage, engine-seconds by role, the judge's share, energy."""
         playing = self.sums[names.STEP_SECONDS] - self.sums[names.stage_seconds("validate")]
         stages = (*names.STAGES, "hidden")
+        energy = {k.removeprefix(names.ENERGY_PREFIX): v for k, v in self.sums.items() if k.startswith("energy/")}
         roles = [role for role in (*names.ROLES, "judge") if names.engine_seconds(role) in self.sums]
         return {
             "trees_per_hour": 3600 * self.sums["trees"] / playing if playing > 0 else None,
@@ -90,6 +93,7 @@ class Totals:
             "engine_seconds": {role: self.sums[names.engine_seconds(role)] for role in roles},
             "request_seconds": {role: self.sums[names.request_seconds(role)] for role in roles},
             "judge_share": judge_share(self.sums),
+            "energy": energy,
         }
 
     def line(self) -> str:
@@ -100,4 +104,9 @@ class Totals:
             parts.append("engine-seconds " + ", ".join(f"{role} {seconds:.0f}" for role, seconds in engines.items()))
         if summary["judge_share"] is not None:
             parts.append(f"judge's share {summary['judge_share']:.0%}")
+        used = summary["energy"]
+        if "joules" in used:
+            parts.append(f"energy {used['joules'] / JOULES_PER_KWH:.3g} kWh, {used['co2e_g'] / 1e3:.3g} kg CO2e")
+        elif parts:
+            parts.append("energy not available")
         return "; ".join(parts)

@@ -73,8 +73,26 @@ class NvmlCounters:
         return {i: self._nvml.nvmlDeviceGetUtilizationRates(h).gpu / 100 for i, h in self._handles.items()}
 
 
+def gpu_roles(engines: Mapping[str, str], visible: str | None) -> dict[str, list[int]]:
+    """NVML's indices of the GPUs of a run by what works there: {"trainer": [0], "attacker+judge": [1]}.
+
+    engines: CUDA_VISIBLE_DEVICES of each engine. visible: that of this process, whose first GPU trains; None: all are
+    visible. GPUs named otherwise than by index are left to "other".
+    """
+    roles: dict[int, list[str]] = {}
+    first = "0" if visible is None else visible.split(",")[0]
+    for role, devices in {"trainer": first, **engines}.items():
+        for index in devices.split(","):
+            if index.strip().isdigit():
+                roles.setdefault(int(index), []).append(role)
+    found: dict[str, list[int]] = {}
+    for gpu, names in sorted(roles.items()):
+        found.setdefault("+".join(names), []).append(gpu)
+    return found
+
+
 class EnergyMeter:
-    """Readings between two laps. `roles` names the GPUs: {"trainer": [0], "attacker": [1]}; others count as "other"."""
+    """Readings between two laps. `roles` names the GPUs as `gpu_roles` does; others count as "other"."""
 
     def __init__(self, roles: Mapping[str, Sequence[int]] | None = None, carbon: float = 0.4, rapl: Path = RAPL):
         """`carbon` is in kg CO2e a kWh. Never raises: what is missing is said in `note`."""

@@ -111,13 +111,13 @@ class LiveView:
         if due or now - self._last_line > LINE_EVERY_SECONDS:
             self._last_line = now
             line = self._line(now)
-            self._to_log(line)
+            self.to_log(line)
             if not self._screen.drawn:
                 self._screen.print(line)
 
     def note(self, text: str) -> None:
         """Prints one message above the view and into the log (a checkpoint written, a warning)."""
-        self._to_log(text)
+        self.to_log(text)
         self._screen.print(text)
 
     def _line(self, now: float) -> str:
@@ -126,7 +126,8 @@ class LiveView:
         cells = [f"{label} {value}" for label, value in _cells(self._known)]
         return "  ".join([f"step {self._done}/{self.total_steps}", f"eta {eta}", *cells])
 
-    def _to_log(self, text: str) -> None:
+    def to_log(self, text: str) -> None:
+        """One line into the log alone, with the time."""
         if self.log is not None:
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {text}\n")

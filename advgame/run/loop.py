@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from advgame.game.pairs import Role, groups_of, pairs_of
 from advgame.game.rewards import TreeRewards, tree_rewards
@@ -19,6 +20,7 @@ from advgame.rollout.vllm_engine import VllmEngine
 from advgame.run import names
 from advgame.run.checkpoint import PlayerState, TrainState, save_checkpoint
 from advgame.run.effort import Clock, Totals, step_effort
+from advgame.run.energy import EnergyMeter, gpu_roles
 from advgame.run.evaluate import exact, examine_judge, judge_metrics, sampled_success, validate
 from advgame.run.folder import RunFolder
 from advgame.run.live import LiveView
@@ -70,6 +72,9 @@ async def train(
     """Plays from `progress.step` to the end; returns the final evaluation, or None if it was interrupted."""
     run, stop = session.config.run, Stop(view.note)
     plays = Plays(session, progress.kept, progress.owed)
+    energy = EnergyMeter(gpu_roles(engine_devices(session), os.environ.get("CUDA_VISIBLE_DEVICES")), run.carbon)
+    if energy.note:
+        view.to_log(energy.note)
     counted = Counter(session.counters)
     # beside play, learning needs a thread of its own; alone it needs none
     learner = ThreadPoolExecutor(1, "learn") if run.ahead or run.carry_over else None
@@ -120,7 +125,7 @@ async def train(
             values |= {f"{names.COUNTER_PREFIX}{k}": float(v) for k, v in session.counters.items() if _is_problem(k)}
             if run.carry_over:
                 values[names.LATE_TREES] = float(sum(tree.step < step for tree in trees))
-            values |= step_effort(clock, session.meters, plays.take(), len(trees), game_seconds)
+            values |= step_effort(clock, session.meters, plays.take(), len(trees), game_seconds) | energy.lap()
             progress.seconds += values[names.STEP_SECONDS]
             progress.totals.add(values, len(trees))
             log(step, values)
@@ -148,6 +153,12 @@ async def aside(thread: Executor | None, function: Callable[..., T], *arguments:
     if thread is None:
         return function(*arguments)
     return await asyncio.get_running_loop().run_in_executor(thread, function, *arguments)
+
+
+def engine_devices(session: Session) -> Mapping[str, str]:
+    """CUDA_VISIBLE_DEVICES of the engines that have their own."""
+    rollout = session.config.rollout
+    return cast(Mapping[str, str], rollout.vllm.devices) if rollout.engine == "vllm" else {}
 
 
 def check_answered(session: Session, trees: Sequence[Tree], step: int) -> None:

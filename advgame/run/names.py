@@ -21,7 +21,12 @@ STALENESS = "play/staleness"
 LATE_TREES = "play/late_trees"
 """Trees of earlier steps among those learned from."""
 
-TIMED = ("seconds/", "publish/", TREES_PER_SECOND, TREES_PER_HOUR, JUDGE_SHARE)
+ENERGY_PREFIX = "energy/"
+"""What a step used, as far as this machine's counters can be read; processor seconds always."""
+ENERGY_SUMS = ("_joules", "/joules", "/co2e_g", "/process_cpu_s")
+"""How the names of those end that add up over steps."""
+
+TIMED = ("seconds/", "publish/", ENERGY_PREFIX, TREES_PER_SECOND, TREES_PER_HOUR, JUDGE_SHARE)
 """How the names begin that depend on the clock: equal runs differ in these and in no others."""
 
 ASR = "harmful/asr_judged"

@@ -32,6 +32,7 @@ class RunSettings(Section):
     tensorboard: bool = Field(True, description="Write TensorBoard event files into the run folder.")
     wandb: bool = Field(False, description="Log to Weights & Biases (needs the extra `wandb`; sends metrics there).")
     wandb_project: str = Field("advgame", description="Weights & Biases project.")
+    carbon: float = Field(0.4, ge=0, description="kg CO2e a kWh of the grid, for `energy/co2e_g`; 0.4: world average.")
     threads: PositiveInt | None = Field(None, description="torch CPU threads; null: torch's default.")
     purpose: str = Field(
         "", description="Why an Attacker is trained; recorded, and required unless the tiny world is played."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from advgame.run.energy import EnergyMeter, NvmlCounters, RaplCounters
+from advgame.run.energy import EnergyMeter, NvmlCounters, RaplCounters, gpu_roles
 
 
 def zone(root, index: int, name: str, micro: int, limit: int = 1_000_000_000):
@@ -69,3 +69,10 @@ def test_nvml_counts_on_a_gpu():
         x = (x @ x).clamp(-1, 1)
     torch.cuda.synchronize()
     assert sum(counters.joules().values()) > 0
+
+
+def test_gpus_are_named_by_what_works_there():
+    assert gpu_roles({}, None) == {"trainer": [0]}
+    assert gpu_roles({"attacker": "1", "judge": "1,2"}, "3,0") == {"attacker+judge": [1], "judge": [2], "trainer": [3]}
+    assert gpu_roles({"defender": "0"}, None) == {"trainer+defender": [0]}
+    assert gpu_roles({"defender": "GPU-5ad1"}, "MIG-77") == {}

@@ -269,12 +269,14 @@ def test_effort_by_hand():
     totals = Totals()
     totals.add(values, 16)
     totals = Totals(json.loads(json.dumps(dict(totals.sums))))
-    totals.add(values, 16)
+    totals.add(values | {"energy/joules": 1.8e6, "energy/co2e_g": 200.0, "energy/cpu_watts": 90.0}, 16)
     summary = totals.summary()
+    assert summary["energy"] == {"joules": 1.8e6, "co2e_g": 200.0}  # power does not add up
     assert summary["judge_share"] == pytest.approx(5 / 8)
     assert summary["engine_seconds"] == {"attacker": 2.0, "defender": 4.0, "judge": 10.0}
     assert summary["trees_per_hour"] == pytest.approx(7200, rel=1e-2)
     assert "engine-seconds attacker 2, defender 4, judge 10; judge's share 62%" in totals.line()
+    assert totals.line().endswith("; energy 0.5 kWh, 0.2 kg CO2e")
     without = Totals(
         {
             k: v
