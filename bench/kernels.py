@@ -13,20 +13,20 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import advgame_kernels as ak
 import torch
-from advgame_kernels import native
 
-from bench.floors import Bandwidth, bandwidth
+from bench.floors import bandwidth
 from bench.head import HeadCase, bench_preference
+from bench.logits import bench_logprobs
 from bench.margins import margin_errors
+from bench.marks import marks
 from bench.plots import draw
-from bench.timing import alternate, table
+from bench.tokens import bench_policy, bench_tokens
+from bench.vectors import bench_vectors
 
 RESULTS = Path(__file__).parent / "results"
 # The issue's head and batch on the CPU, an 8 B model's on a GPU; --grid takes each of GRID's with every number of rows.
@@ -46,57 +46,6 @@ def device_name(device: torch.device) -> str:
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     found = re.search(r"model name\s*:\s*(.+)", text)
     return found.group(1).strip() if found else platform.processor() or "cpu"
-
-
-def bench_logprobs(
-    rows: int, vocab: int, dtype: torch.dtype, device: torch.device, repeats: int, memory: Bandwidth
-) -> dict:
-    """selective_logprobs forward and in-place backward, against reading once and reading and writing once."""
-    size = rows * vocab * dtype.itemsize
-    floors = {"forward": size / memory.best * 1e3, "backward": 2 * size / memory.best * 1e3}
-    print(f"\nselective_logprobs, {dtype}, {rows} rows, vocabulary {vocab}")
-    print(f"  floor: {size / 1e6:.0f} MB read, {floors['forward']:.2f} ms; back {floors['backward']:.2f} ms")
-    logits = torch.randn(rows, vocab, device=device).to(dtype)
-    labels = torch.randint(0, vocab, (rows,), device=device)
-
-    def eager() -> None:
-        x = torch.log_softmax(logits.float(), dim=1)
-        x.gather(1, labels[:, None])
-        (x.exp() * x).sum(dim=1)
-
-    forward: dict[str, Callable[[], object]] = {
-        "ours": lambda: ak.selective_logprobs(logits, labels),
-        "eager torch": eager,
-    }
-    if device.type == "cpu" and native.available():
-        forward["ours, torch form"] = lambda: ak.selective_logprobs(logits, labels, impl="torch")
-    timings = alternate(forward, device, repeats)
-    print(table("  forward", timings, floors["forward"]))
-    share = size / (timings["ours"].milliseconds / 1e3) / memory.copy
-    print(f"  ours reads at {share:.0%} of copy bandwidth")
-    leaf = logits.requires_grad_()
-
-    def both(inplace: bool) -> Callable[[], object]:
-        def run() -> None:
-            out = ak.selective_logprobs(leaf, labels, inplace_backward=inplace)
-            torch.autograd.grad(out.logps.sum(), leaf)
-
-        return run
-
-    def eager_both() -> None:
-        x = torch.log_softmax(leaf.float(), dim=1)
-        torch.autograd.grad(x.gather(1, labels[:, None]).sum(), leaf)
-
-    whole = alternate({"ours": both(False), "ours, in place": both(True), "eager torch": eager_both}, device, repeats)
-    print(table("  forward and backward", whole, floors["forward"] + floors["backward"]))
-    return {
-        "rows": rows,
-        "vocab": vocab,
-        "floors_ms": floors,
-        "share_of_copy": share,
-        "forward": {k: asdict(v) for k, v in timings.items()},
-        "both": {k: asdict(v) for k, v in whole.items()},
-    }
 
 
 def cases(options: argparse.Namespace) -> dict[str, HeadCase]:
@@ -119,6 +68,11 @@ def cases(options: argparse.Namespace) -> dict[str, HeadCase]:
             case = HeadCase(vocab, width, rows, round(rows * share), options.pairs or sizes["pairs"], dtype)
             found[f"preference: {name}{case}"] = case
     return found
+
+
+def fewer_rows(case: HeadCase) -> HeadCase:
+    """A quarter of the rows: on a CPU the functions beside the preference loss have half a minute a round, not two."""
+    return replace(case, rows=max(8, case.rows // 4), response=max(4 * case.pairs, case.response // 4))
 
 
 def write(result: dict[str, Any], folder: Path) -> None:
@@ -165,6 +119,14 @@ def main(arguments: list[str]) -> int:
     for case in list(cases(options).values())[-2:]:
         dtype = str(case.dtype).removeprefix("torch.")
         result[f"logprobs: {dtype}"] = bench_logprobs(case.response, case.vocab, case.dtype, device, repeats, memory)
+    if not options.grid:
+        for name, case in cases(options).items():
+            less = fewer_rows(case) if device.type == "cpu" else case
+            shape = name.removeprefix("preference: ").replace(str(case), str(less))
+            for work, bench in (("token log-probs", bench_tokens), ("policy", bench_policy)):
+                result[f"{work}: {shape}"] = bench(less, device, options.repeats or REPEATS[options.device])
+        result |= bench_vectors(device, repeats, memory)
+    result["marks"] = marks(result, device)
     if options.out:
         write(result, options.out)
     return 0

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TRL_CHUNK = 32_768  # vocabulary columns a tile, as TRL 1.16's trainers ask for
+Tokens = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, labels -> log-probs
 Loss = Callable[[Tensor, Tensor, Tensor, list[int], Tensor, float], Tensor]
 
 
@@ -22,19 +23,23 @@ def dpo(tokens: Tensor, bounds: list[int], ref: Tensor, beta: float) -> Tensor:
     return -F.logsigmoid(beta * (h[:, 0] - h[:, 1])).mean()
 
 
-def eager(hidden: Tensor, weight: Tensor, labels: Tensor, bounds: list[int], ref: Tensor, beta: float) -> Tensor:
+def eager_tokens(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Whole logits in the head's dtype, float32 log-softmax: what plain code does."""
     log_probs = torch.log_softmax((hidden @ weight.t()).float(), dim=1)
-    return dpo(log_probs.gather(1, labels[:, None])[:, 0], bounds, ref, beta)
+    return log_probs.gather(1, labels[:, None])[:, 0]
 
 
-def trl(hidden: Tensor, weight: Tensor, labels: Tensor, bounds: list[int], ref: Tensor, beta: float) -> Tensor:
-    """TRL's chunked log-probs (four GEMMs) and the sigmoid loss on their sums, as its DPOTrainer puts them together."""
+def eager(hidden: Tensor, weight: Tensor, labels: Tensor, bounds: list[int], ref: Tensor, beta: float) -> Tensor:
+    """The sigmoid loss on `eager_tokens`."""
+    return dpo(eager_tokens(hidden, weight, labels), bounds, ref, beta)
+
+
+def trl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """TRL's chunked log-probs (four GEMMs), as its trainers ask for them."""
     chunked = importlib.import_module("trl.kernels.chunked_logprob")
-    out = chunked.ChunkedLogProbFunction.apply(
+    return chunked.ChunkedLogProbFunction.apply(
         hidden, weight, None, labels, 1.0, TRL_CHUNK, None, 1.0, ("log_probs", "entropy")
-    )
-    return dpo(out[0], bounds, ref, beta)
+    )[0]
 
 
 def liger(hidden: Tensor, weight: Tensor, labels: Tensor, bounds: list[int], ref: Tensor, beta: float) -> Tensor:
@@ -52,25 +57,22 @@ def liger(hidden: Tensor, weight: Tensor, labels: Tensor, bounds: list[int], ref
     return loss(weight, x, y)[0]
 
 
-def torch_chunked(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bounds: list[int], ref: Tensor, beta: float
-) -> Tensor:
+def torch_chunked(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """torch's own chunked linear cross-entropy (2.13), a loss per token: its backward makes the logits again."""
     options = torch.nn.LinearCrossEntropyOptions()
-    losses = F.linear_cross_entropy(hidden, weight, labels, reduction="none", options=options)
-    return dpo(-losses.float(), bounds, ref, beta)
+    return -F.linear_cross_entropy(hidden, weight, labels, reduction="none", options=options).float()
 
 
-def cut(hidden: Tensor, weight: Tensor, labels: Tensor, bounds: list[int], ref: Tensor, beta: float) -> Tensor:
+def cut(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Apple's Cut Cross-Entropy, a loss per token."""
     cce = importlib.import_module("cut_cross_entropy")
-    return dpo(-cce.linear_cross_entropy(hidden, weight, labels, reduction="none").float(), bounds, ref, beta)
+    return -cce.linear_cross_entropy(hidden, weight, labels, reduction="none").float()
 
 
-def quack(hidden: Tensor, weight: Tensor, labels: Tensor, bounds: list[int], ref: Tensor, beta: float) -> Tensor:
+def quack(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """QuACK's cross-entropy kernel on whole logits: its chunked linear form has one reduction for all tokens."""
     kernel = importlib.import_module("quack.cross_entropy")
-    return dpo(-kernel.cross_entropy(hidden @ weight.t(), labels, reduction="none").float(), bounds, ref, beta)
+    return -kernel.cross_entropy(hidden @ weight.t(), labels, reduction="none").float()
 
 
 @functools.cache
@@ -83,13 +85,21 @@ def compiled(hidden: Tensor, weight: Tensor, labels: Tensor, bounds: list[int], 
     return _compiled()(hidden, weight, labels, bounds, ref, beta)
 
 
+def _then_dpo(tokens: Tokens) -> Loss:
+    """The sigmoid loss on somebody's token log-probs, as TRL's DPOTrainer puts its own together."""
+    return lambda hidden, weight, labels, bounds, ref, beta: dpo(tokens(hidden, weight, labels), bounds, ref, beta)
+
+
 # All who may be there: those who are not say so when they run.
-PEERS: dict[str, Loss] = {
-    "eager torch, torch.compile": compiled,
+TOKENS: dict[str, Tokens] = {
+    "eager torch": eager_tokens,
     "torch, chunked cross-entropy": torch_chunked,
     "TRL, chunked log-probs": trl,
-    "Liger, fused linear DPO": liger,
     "Cut Cross-Entropy": cut,
     "QuACK, whole logits": quack,
 }
+PEERS: dict[str, Loss] = {
+    "eager torch, torch.compile": compiled,
+    "Liger, fused linear DPO": liger,
+} | {name: _then_dpo(tokens) for name, tokens in TOKENS.items() if name != "eager torch"}
 COMPILED = frozenset({"eager torch, torch.compile"})  # those whose first run at a size is no run

@@ -43,7 +43,7 @@ def label_ids(labels: Tensor, rows: int, vocab: int, device: torch.device) -> No
     """Refuse labels that are not `(rows,)` int64 in `[0, vocab)` on `device`.
 
     On the CPU values are read. On a GPU a device-side assertion is queued instead: reading them would stop the
-    host.
+    host. Compiled graphs hold the same assertion on either, and it is a RuntimeError then.
     """
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or tuple(labels.shape) != (rows,):
         refuse("labels", f"an int64 tensor of shape ({rows},)", describe(labels))
@@ -53,7 +53,7 @@ def label_ids(labels: Tensor, rows: int, vocab: int, device: torch.device) -> No
         refuse("labels", "a contiguous tensor", f"stride {labels.stride()}")
     if rows == 0:
         return
-    if device.type == "cpu":
+    if device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = (int(v) for v in torch.aminmax(labels))
         if low < 0 or high >= vocab:
             refuse("labels", f"ids in [0, {vocab})", f"ids from {low} to {high}")

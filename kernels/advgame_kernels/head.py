@@ -233,7 +233,7 @@ def row_chunks(start: int, stop: int, budget: int) -> Iterator[slice]:
 
 def largest_chunk(lengths: Iterable[int], budget: int) -> int:
     """Rows of the largest chunk when stretches of these lengths are cut by `row_chunks`."""
-    return max((-(-n // -(-n // budget)) for n in lengths if n > 0), default=0)
+    return max([0, *(-(-n // -(-n // budget)) for n in lengths if n > 0)])  # torch.compile knows no default= of max
 
 
 class _Attach(torch.autograd.Function):
@@ -252,7 +252,8 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         # Out of place, so that a retained graph may be used again; the product lands in the gradient's final dtype.
         # Only a factor of 1 needs no product, and it can be read without waiting on the CPU alone.
-        one = upstream.device.type == "cpu" and not _keeps_graph() and float(upstream) == 1.0
+        readable = upstream.device.type == "cpu" and not torch.compiler.is_compiling()
+        one = readable and not _keeps_graph() and float(upstream) == 1.0
         scaled: list[Tensor | None] = []
         for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
             if grad is None or (one and grad.dtype == dtype):

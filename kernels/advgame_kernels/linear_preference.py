@@ -191,7 +191,8 @@ def linear_preference_loss(
 
     `nll_weight` adds, per pair, minus the mean log-prob of the chosen tokens times it; `entropy_weight` subtracts
     the mean over both sequences of their mean token entropy times it. The total is divided by `normalizer` (the
-    global number of pairs; None: P). P may be 0. Logits are soft-capped, then divided by `temperature`.
+    global number of pairs; None: P). P may be 0 with a normalizer. Logits are soft-capped, then divided by
+    `temperature`.
 
     `skip_below` above 0 leaves out of the gradient GEMMs the blocks of the vocabulary in which no gradient
     exceeds that share of its row's factor (skipping.py states the bound and the price).

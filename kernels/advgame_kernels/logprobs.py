@@ -80,6 +80,8 @@ def selective_logprobs(
         refuse("logits", "at least one column", tuple(logits.shape))
     if logits.shape[0] > 0 and logits.stride(1) != 1:
         refuse("logits", "unit stride in the vocabulary dimension", f"stride {logits.stride()}")
+    if inplace_backward and logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        refuse("logits", "rows that do not overlap, for inplace_backward writes over them", f"stride {logits.stride()}")
     label_ids(labels, logits.shape[0], logits.shape[1], logits.device)
     positive("temperature", temperature)
     chosen = passes.choose(impl, logits.dtype, logits.device)

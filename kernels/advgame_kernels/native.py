@@ -43,15 +43,57 @@ def isa() -> str:
     return str(_native.isa())
 
 
-def row_stats(logits: Tensor, labels: Tensor, temperature: float, softcap: float) -> LogProbs:
-    """C++ twin of passes_torch.row_stats: float32 or bfloat16 logits on the CPU, unit stride in V."""
+# Defined by schema: the first call of a `torch.library.custom_op` imports all of torch._dynamo, seconds on a CPU.
+_library = torch.library.Library("advgame_kernels", "FRAGMENT")
+_library.define(
+    "native_row_stats(Tensor logits, Tensor labels, float temperature, float softcap) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "native_row_grads_(Tensor(a!) out, Tensor? source, Tensor labels, Tensor entropy, Tensor lse, Tensor? d_logps, "
+    "Tensor? d_entropy, Tensor? d_lse, float temperature, float softcap) -> ()"
+)
+
+
+@torch.library.impl(_library, "native_row_stats", "CPU")
+def _row_stats(logits: Tensor, labels: Tensor, temperature: float, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
     rows, vocab = logits.shape
-    out = LogProbs(*(torch.empty(rows, dtype=torch.float32) for _ in range(3)))
+    logps, entropy, lse = (torch.empty(rows, dtype=torch.float32) for _ in range(3))
     _native.row_stats(
         logits.data_ptr(), CODES[logits.dtype], rows, vocab, logits.stride(0), labels.data_ptr(), temperature, softcap,
-        *(x.data_ptr() for x in out), torch.get_num_threads(),
+        logps.data_ptr(), entropy.data_ptr(), lse.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return out
+    return logps, entropy, lse
+
+
+@torch.library.register_fake("advgame_kernels::native_row_stats", lib=_library)
+def _(logits: Tensor, labels: Tensor, temperature: float, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
+    logps, entropy, lse = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(3))
+    return logps, entropy, lse
+
+
+def row_stats(logits: Tensor, labels: Tensor, temperature: float, softcap: float) -> LogProbs:
+    """C++ twin of passes_torch.row_stats: float32 or bfloat16 logits on the CPU, unit stride in V."""
+    return LogProbs(*torch.ops.advgame_kernels.native_row_stats(logits, labels, temperature, softcap))
+
+
+@torch.library.impl(_library, "native_row_grads_", "CPU")
+def _row_grads_(
+    out: Tensor, source: Tensor | None, labels: Tensor, entropy: Tensor, lse: Tensor, d_logps: Tensor | None,
+    d_entropy: Tensor | None, d_lse: Tensor | None, temperature: float, softcap: float,
+) -> None:  # fmt: skip
+    logits = out if source is None else source
+    rows, vocab = logits.shape
+    pointers = [0 if g is None else g.data_ptr() for g in (d_logps, d_entropy, d_lse)]
+    _native.row_grads(
+        logits.data_ptr(), CODES[logits.dtype], out.data_ptr(), CODES[out.dtype], rows, vocab, logits.stride(0),
+        out.stride(0), labels.data_ptr(), temperature, softcap, entropy.data_ptr(), lse.data_ptr(),
+        *pointers, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+@torch.library.register_fake("advgame_kernels::native_row_grads_", lib=_library)
+def _(*args: object, **kwargs: object) -> None:
+    return None
 
 
 def row_grads_(
@@ -69,16 +111,12 @@ def row_grads_(
     """C++ twin of passes_torch.row_grads_. A bfloat16 gradient of float32 logits goes to `room`, or memory of its
     own, not into theirs: torch's CPU matrix product of bfloat16 rows with gaps between them reads into the gaps.
     """
-    rows, vocab = logits.shape
-    out = logits
+    out, source = logits, None
     if out_dtype == torch.bfloat16 and logits.dtype == torch.float32:
-        out = torch.empty(rows, vocab, dtype=out_dtype) if room is None else room
-    pointers = [0 if g is None else g.data_ptr() for g in (d_logps, d_entropy, d_lse)]
-    _native.row_grads(
-        logits.data_ptr(), CODES[logits.dtype], out.data_ptr(), CODES[out.dtype], rows, vocab, logits.stride(0),
-        out.stride(0), labels.data_ptr(), temperature, softcap, stats.entropy.data_ptr(), stats.lse.data_ptr(),
-        *pointers, torch.get_num_threads(),
-    )  # fmt: skip
+        out, source = torch.empty(logits.shape, dtype=out_dtype) if room is None else room, logits
+    torch.ops.advgame_kernels.native_row_grads_(
+        out, source, labels, stats.entropy, stats.lse, d_logps, d_entropy, d_lse, temperature, softcap
+    )
     return out if out.dtype == out_dtype else out.to(out_dtype)
 
 

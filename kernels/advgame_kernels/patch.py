@@ -13,14 +13,15 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from advgame_kernels._checks import one_of, refuse
 from advgame_kernels.linear_logprobs import linear_logprobs
-from advgame_kernels.linear_preference import linear_preference_loss
+from advgame_kernels.linear_preference import linear_preference_loss, to_device
 from advgame_kernels.types import LogProbs, PreferenceOutput
 
 
@@ -31,7 +32,7 @@ def _keywords(function: Callable[..., Any]) -> set[str]:
 
 
 OURS = {
-    "logprobs": _keywords(linear_logprobs),
+    "logprobs": _keywords(linear_logprobs) | {"lengths"},
     "preference": _keywords(linear_preference_loss) | {"ref_logps", "lengths"},
 }
 IGNORED = -100  # the label of a position that nobody scores
@@ -103,19 +104,49 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def _compact(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows that predict a scored token, their labels, and the (B, L − 1) mask they come from."""
-    targets = labels[:, 1:]
-    mask = targets != IGNORED
-    return hidden[:, :-1][mask], targets[mask], mask
+class Scored(NamedTuple):
+    """The positions of a padded batch that predict a scored token, packed."""
+
+    rows: Tensor  # (N, H)
+    targets: Tensor  # (N,) their labels
+    places: Tensor  # (N,) where they stand in the flattened (B, L − 1) positions
+    lengths: list[int]  # scored tokens of each sequence
 
 
-def _logprobs(model: Any, hidden: Tensor, labels: Tensor, settings: dict[str, Any]) -> LogProbs:
+def compact(hidden: Tensor, labels: Tensor, lengths: Sequence[int] | None) -> Scored:
+    """Scored positions of (B, L, H) hidden states by their (B, L) labels; with `lengths` the host waits for nothing.
+
+    Raises ValueError where `lengths` are not those of the labels (a device assertion on a GPU).
+    """
+    mask = labels[:, 1:] != IGNORED
+    counts = mask.sum(dim=1)
+    if lengths is None:
+        lengths = counts.tolist()  # the one host sync
+    elif len(lengths) != labels.shape[0]:
+        refuse("lengths", f"one number a sequence, {labels.shape[0]}", len(lengths))
+    else:
+        same = (counts == to_device(list(lengths), labels.device)).all()
+        if labels.device.type == "cpu" and not same:
+            refuse("lengths", f"the scored tokens of each sequence, {counts.tolist()}", list(lengths))
+        if labels.device.type == "cuda":
+            torch._assert_async(same, "lengths: expected the scored tokens of each sequence")
+    # A boolean index would ask the GPU how many there are; the k-th scored place is found among running counts.
+    wanted = torch.arange(1, sum(lengths) + 1, device=labels.device)
+    places = torch.searchsorted(mask.flatten().cumsum(0), wanted)
+    positions = places + places // max(1, mask.shape[1])  # each sequence has one position more than it has targets
+    rows = hidden.flatten(0, 1).index_select(0, positions)
+    return Scored(rows, labels.flatten().index_select(0, positions + 1), places, list(lengths))
+
+
+def _logprobs(
+    model: Any, hidden: Tensor, labels: Tensor, lengths: Sequence[int] | None, settings: dict[str, Any]
+) -> LogProbs:
     weight, bias = _plain_head(model)
-    rows, targets, mask = _compact(hidden, labels)
+    scored = compact(hidden, labels, lengths)
     with gathered_head(weight, bias):
-        out = linear_logprobs(rows.to(_compute_dtype(weight)), weight, targets, bias=bias, **settings)
-    return LogProbs(*(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in out))
+        out = linear_logprobs(scored.rows.to(_compute_dtype(weight)), weight, scored.targets, bias=bias, **settings)
+    shape = (labels.shape[0], labels.shape[1] - 1)
+    return LogProbs(*(x.new_zeros(shape[0] * shape[1]).index_copy(0, scored.places, x).view(shape) for x in out))
 
 
 def _preference(
@@ -127,15 +158,11 @@ def _preference(
     settings: dict[str, Any],
 ) -> PreferenceOutput:
     weight, bias = _plain_head(model)
-    rows, targets, mask = _compact(hidden, labels)
-    if lengths is None:
-        lengths = mask.sum(dim=1).tolist()  # the one host sync; pass `lengths` to have none
-    bounds = [0]
-    for n in lengths:
-        bounds.append(bounds[-1] + n)
-    rows = rows.to(_compute_dtype(weight))
+    scored = compact(hidden, labels, lengths)
+    bounds = [0, *accumulate(scored.lengths)]
+    rows = scored.rows.to(_compute_dtype(weight))
     with gathered_head(weight, bias):
-        return linear_preference_loss(rows, weight, targets, bounds, ref_logps, bias=bias, **settings)
+        return linear_preference_loss(rows, weight, scored.targets, bounds, ref_logps, bias=bias, **settings)
 
 
 def patch_model(model: Any) -> Any:
@@ -143,10 +170,10 @@ def patch_model(model: Any) -> Any:
 
     `fused="logprobs"`: LogProbs of shape (B, L − 1), zero where the shifted label is −100; settings: those of
     `linear_logprobs`. `fused="preference"`: rows 2p and 2p + 1 of the batch are the chosen and rejected sequence
-    of pair p, prompts labelled −100; further arguments: `ref_logps`, `lengths` (scored tokens of each row, on the
-    host; read from the GPU otherwise) and the settings of `linear_preference_loss`. Both take `temperature`; soft
-    cap and scale of the logits come from the model's configuration. Patch before wrapping with PEFT. Patching
-    twice changes nothing.
+    of pair p, prompts labelled −100; further arguments: `ref_logps` and the settings of `linear_preference_loss`.
+    Both take `lengths` (scored tokens of each row, on the host; without them they are read from the GPU, the one
+    wait of the call) and `temperature`; soft cap and scale of the logits come from the model's configuration.
+    Patch before wrapping with PEFT. Patching twice changes nothing.
 
     Raises ValueError for a model without a plain LM head (an adapter on it would silently be left out of the
     product).
@@ -168,11 +195,10 @@ def patch_model(model: Any) -> Any:
         settings = head.keywords(ours.pop("temperature", 1.0)) | ours
         kwargs["use_cache"] = False
         hidden = model.base_model(*args, **kwargs).last_hidden_state
+        lengths = settings.pop("lengths", None)
         if fused == "logprobs":
-            return _logprobs(model, hidden, labels, settings)
-        return _preference(
-            model, hidden, labels, settings.pop("ref_logps", None), settings.pop("lengths", None), settings
-        )
+            return _logprobs(model, hidden, labels, lengths, settings)
+        return _preference(model, hidden, labels, settings.pop("ref_logps", None), lengths, settings)
 
     model.forward = forward
     model._advgame_patched = True

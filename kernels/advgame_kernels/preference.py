@@ -20,19 +20,22 @@ def result_dtype(x: Tensor) -> torch.dtype:
 
 
 def inverse_normalizer(normalizer: float | Tensor | None, pairs: int) -> float | Tensor:
-    """1 / normalizer, with None meaning the number of pairs.
+    """1 / normalizer, with None meaning the number of pairs, of which there must be one then.
 
     Zero is accepted only where there is no pair: then the loss is zero whatever it is divided by.
     """
-    if isinstance(normalizer, Tensor):
-        if normalizer.numel() != 1:
-            refuse("normalizer", "a number or a tensor with one element", describe(normalizer))
-        if pairs == 0:
-            return 1.0
-        return normalizer.reshape(()).double().reciprocal()
-    value = float(pairs if normalizer is None else normalizer)
+    if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
+        refuse("normalizer", "a number or a tensor with one element", describe(normalizer))
     if pairs == 0:
+        if normalizer is None:
+            refuse("normalizer", "a number where a batch is empty (there is no mean over no pairs)", None)
         return 1.0
+    if isinstance(normalizer, Tensor) and (normalizer.device.type != "cpu" or torch.compiler.is_compiling()):
+        value = normalizer.reshape(()).double()
+        if normalizer.device.type != "meta":
+            torch._assert_async((value > 0) & value.isfinite(), "normalizer: expected a finite number above 0")
+        return value.reciprocal()
+    value = float(pairs if normalizer is None else normalizer)
     if not 0.0 < value < float("inf"):
         refuse("normalizer", "a finite number above 0", value)
     return 1.0 / value
@@ -130,9 +133,10 @@ def preference_loss(
     Both log-prob inputs are always sums; with `average`, and for the kinds ipo_mean, simpo and orpo, they are
     divided by `lengths` here, and `logps`, margins and rewards are means too. `nll_weight` adds, per pair, that
     weight times minus the mean log-prob of the chosen tokens (published CPO and ORPO take 1). The sum over pairs
-    is divided by `normalizer` (the global number of pairs; None: this call's). P may be 0: a zero loss with a
-    zero gradient. Reference-free kinds use `ref_logps`, if given, for margins and rewards only. Computed in
-    float64 (the margin is a small difference of large sums), returned as float32 unless the input is float64.
+    is divided by `normalizer` (the global number of pairs; None: this call's). P may be 0 with a normalizer: a
+    zero loss with a zero gradient. Reference-free kinds use `ref_logps`, if given, for margins and rewards only.
+    Computed in float64 (the margin is a small difference of large sums), returned as float32 unless the input is
+    float64.
 
     Raises ValueError for a wrong shape, dtype, device or setting. Formulas and sources: preference_kinds.py.
     """
@@ -145,8 +149,10 @@ def preference_loss(
     if lengths is None:
         if spec.needs_lengths:
             refuse("lengths", "token counts: average, nll_weight or the kind divides by them", None)
-    elif tuple(lengths.shape) != (sequences,) or lengths.device != policy_logps.device:
-        refuse("lengths", f"shape ({sequences},) on {policy_logps.device}", describe(lengths))
+    elif (
+        not isinstance(lengths, Tensor) or tuple(lengths.shape) != (sequences,) or lengths.device != policy_logps.device
+    ):
+        refuse("lengths", f"a tensor of shape ({sequences},) on {policy_logps.device}", describe(lengths))
     scale = inverse_normalizer(normalizer, sequences // 2)
     dtype = result_dtype(policy_logps)
     if passes.choose(impl, torch.float32, policy_logps.device) == "triton":

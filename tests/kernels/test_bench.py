@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import head, peers
+from bench import head, peers, tokens
 from bench.floors import Bandwidth
 from bench.kernels import main
+from bench.marks import marks
 from bench.memory import peak_in_child
 
 CASE = head.HeadCase(vocab=211, width=16, rows=40, response=24, pairs=2, dtype=torch.float32)
@@ -60,6 +61,51 @@ def test_every_contender_that_runs_here_computes_the_same_gradients():
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("work", ["tokens", "policy"])
+def test_every_contender_for_token_losses_computes_the_same_gradients(work):
+    tail = {"tokens": tokens.mean_nll, "policy": tokens.grpo}[work]
+    problem = tokens.make_tokens(CASE, torch.device("cpu"))
+    kept = {}
+    for name, loss in tokens.contenders(tail).items():
+        if "torch.compile" in name:
+            continue
+        try:
+            kept[name] = (found := loss(problem)).detach(), *problem.grads(found)
+        except head.ERRORS:  # not installed, or only for a GPU
+            continue
+    assert {"ours, float32 logits", "eager torch"} <= set(kept)
+    for name, found in kept.items():
+        for a, b in zip(found, kept["eager torch"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_marks_are_read_off_a_result():
+    case = {"vocab": 128_256, "width": 4096}
+
+    def timing(ms, extra=None):
+        return {"milliseconds": ms, "spread": 0.0, "extra_bytes": extra}
+
+    timings = {
+        "ours, float32 logits": timing(11.0, 1 << 20), "eager torch": timing(10.0, 16 << 20),
+        "TRL, chunked log-probs": timing(12.0),
+    }  # fmt: skip
+    result = {
+        "preference: x": {"case": case, "floor_ms": 10.0, "timings": timings},
+        "logprobs: float32": {"share_of_copy": 0.8},
+    }
+    on_cpu = {m["what"]: m["met"] for m in marks(result, torch.device("cpu"))}
+    assert on_cpu == {
+        "ours, float32 logits: times as fast as eager torch": False,
+        "ours, float32 logits: times as fast as TRL, chunked log-probs": True,
+        "ours, float32 logits: extra memory, eager torch = 1": True,
+        "log-prob pass: share of copy bandwidth": True,
+    }
+    on_gpu = {m["what"]: m["met"] for m in marks(result, torch.device("cuda"))}
+    assert on_gpu["ours, float32 logits: time, three bare GEMMs = 1"]
+    assert not on_gpu["ours, float32 logits: times as fast as TRL, chunked log-probs"]
+    assert not on_gpu["log-prob pass: share of copy bandwidth"]
+
+
 def test_response_rows_follow_their_prompts():
     problem = head.make_problem(CASE, torch.device("cpu"))
     assert problem.index.tolist() == [p for start in (4, 14, 24, 34) for p in range(start, start + 6)]
@@ -69,8 +115,9 @@ def test_the_grid_and_a_small_head_of_ones_own(monkeypatch):
     seen = []
     monkeypatch.setattr("bench.kernels.bench_preference", lambda case, *a: seen.append(case) or {})
     monkeypatch.setattr("bench.kernels.bandwidth", lambda *a: Bandwidth(1e9, 1e9))
-    for name in ("margin_errors", "bench_logprobs"):
+    for name in ("margin_errors", "bench_logprobs", "bench_tokens", "bench_policy", "bench_vectors"):
         monkeypatch.setattr(f"bench.kernels.{name}", lambda *a: {})
+    monkeypatch.setattr("bench.kernels.marks", lambda *a: [])
     assert main(["--device", "cpu", "--vocab", "64", "--rows", "20", "--response", "0.5", "--repeats", "1"]) == 0
     assert [(c.vocab, c.width, c.rows, c.response) for c in seen] == [(64, 896, 20, 10)] * 2
     seen.clear()

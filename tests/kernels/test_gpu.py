@@ -5,6 +5,7 @@ from __future__ import annotations
 import advgame_kernels as ak
 import pytest
 import torch
+from advgame_kernels.patch import compact
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -21,13 +22,22 @@ def problem(rows: int, vocab: int, width: int, sequences: int):
 def test_no_host_sync():
     hidden, weight, labels, bounds, ref = problem(512, 4096, 128, 8)
     ones = torch.ones(512, device="cuda")
+    logits = torch.zeros(512, 4096, device="cuda", requires_grad=True)
+    logps, tokens = (ref - 1.0).requires_grad_(), (ones - 2.0).requires_grad_()
+    states, padded = torch.zeros(2, 9, 128, device="cuda"), torch.zeros(2, 9, dtype=torch.int64)
+    padded[0, 4:] = padded[1, :4] = -100
+    padded = padded.cuda()
     shadow, copy = [torch.zeros(1000, device="cuda")], [torch.zeros(1000, device="cuda", dtype=torch.bfloat16)]
 
     def everything():
         ak.linear_preference_loss(hidden, weight, labels, bounds, ref, chunk_bytes=1 << 21).loss.backward()
         ak.linear_policy_loss(hidden, weight, labels, ones, ones).loss.backward()
         ak.linear_logprobs(hidden, weight, labels).logps.sum().backward()
-        ak.preference_loss(ref - 1.0, ref)
+        ak.preference_loss(logps, ref).loss.backward()
+        ak.policy_loss(tokens, ones, ones, ref_logps=ones, kl_beta=0.1).loss.backward()
+        ak.selective_logprobs(logits, labels).logps.sum().backward()
+        scored = compact(states, padded, [3, 5])
+        assert scored.rows.shape == (8, 128)
         ak.ema_update_(shadow, shadow, 0.5, publish=copy)
 
     everything()

@@ -105,6 +105,8 @@ def test_patched_model_gives_the_logprobs_of_whole_logits(tied):
     assert patch.patch_model(patch.patch_model(model)) is model
     got = model(input_ids=ids, labels=labels, fused="logprobs")
     torch.testing.assert_close(got.logps, want)
+    same = model(input_ids=ids, labels=labels, fused="logprobs", lengths=[6, 3, 6, 2])
+    assert all(torch.equal(a, b) for a, b in zip(same, got, strict=True))
     assert torch.equal(model(input_ids=ids).logits, logits)
     assert torch.isfinite(model(input_ids=ids, labels=labels).loss)
     params = list(model.parameters())
@@ -127,6 +129,10 @@ def test_patched_model_gives_the_preference_loss():
     torch.testing.assert_close(grads_of(got.loss, head)[0], grads_of(want.loss, head)[0], rtol=1e-4, atol=1e-5)
     same = model(input_ids=ids, labels=labels, fused="preference", ref_logps=ref, kind="ipo", lengths=[6, 3, 6, 2])
     assert torch.equal(same.loss, got.loss)
+    with pytest.raises(ValueError, match="lengths"):
+        model(input_ids=ids, labels=labels, fused="preference", ref_logps=ref, lengths=[6, 3, 5, 3])
+    with pytest.raises(ValueError, match="lengths: expected one number a sequence"):
+        model(input_ids=ids, labels=labels, fused="logprobs", lengths=[6, 3, 6])
 
 
 def test_patched_model_follows_autocast():
@@ -150,6 +156,32 @@ def test_adapters_on_the_head_and_unknown_forms_are_refused():
     model.lm_head.base_layer = torch.nn.Identity()  # as PEFT's LoRA layers carry it
     with pytest.raises(ValueError, match="adapter"):
         model(input_ids=ids, labels=labels, fused="logprobs")
+
+
+def test_a_real_lora_adapter_on_the_head_is_refused_and_one_elsewhere_counts():
+    peft = pytest.importorskip("peft")
+    ids, labels = batch()
+    for target, message in (("lm_head", "adapter"), ("q_proj", None)):
+        model = patch.patch_model(tiny_model())
+        plain = model(input_ids=ids, labels=labels, fused="logprobs").logps
+        config = peft.LoraConfig(target_modules=[target], r=2, init_lora_weights=False, task_type="CAUSAL_LM")
+        wrapped = peft.get_peft_model(model, config).eval()
+        if message is not None:
+            with pytest.raises(ValueError, match=message):
+                wrapped(input_ids=ids, labels=labels, fused="logprobs")
+            continue
+        got = wrapped(input_ids=ids, labels=labels, fused="logprobs").logps
+        torch.testing.assert_close(got, whole_logprobs(wrapped, ids, labels))
+        assert not torch.allclose(got, plain)
+
+
+def test_a_batch_with_nothing_scored():
+    model = patch.patch_model(tiny_model())
+    ids, labels = batch()[0], torch.full((4, 9), -100)
+    out = model(input_ids=ids, labels=labels, fused="preference", ref_logps=torch.zeros(4), kind="ipo", beta=0.5)
+    assert out.loss.item() == 1.0  # (0 − 1/(2β))²
+    assert not any(g.any() for g in grads_of(out.loss, *model.parameters()) if g is not None)
+    assert not model(input_ids=ids, labels=labels, fused="logprobs").logps.any()
 
 
 def test_head_settings_from_configurations():
