@@ -180,7 +180,9 @@ def _world(ranks: Mapping[int, tuple[_Line, dict[str, Any]]]) -> int:
 
 def _is_ours(connection: socket.socket) -> bool:
     """Whether a process of this user (or root) is at the other end."""
-    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    _, user, _ = struct.unpack(
+        "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    )
     return user in (os.getuid(), 0)
 
 
