@@ -1,13 +1,15 @@
 """Publishing on one GPU into memory that a second process holds open: `python -m bench publish --device cuda`.
 
 The second process stands for the engine: it opens the trainer's memory over CUDA IPC, as vLLM's worker does, and checks
-what arrives. vLLM itself is not needed. Written without a GPU at hand.
+what arrives. vLLM itself is not needed; where it is, its own packed IPC transfer runs beside ours (its NCCL transfer
+needs a second GPU and is not measured). Written without a GPU at hand.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +29,8 @@ from bench.shapes import named_shapes
 
 DECAY = 0.95
 BYTES_PER_PARAMETER = 14
+MARK = 1.15
+"""Most times bytes / copy bandwidth that average and publish shall take together."""
 
 
 def plan_of(model: str) -> Plan:
@@ -44,11 +48,18 @@ def plan_of(model: str) -> Plan:
 def holder(memory: Mapping[str, Any], link: Connection) -> None:
     """The second process: answers with the checksum of the memory, or copies a tensor whose handle it is sent."""
     device = torch.device("cuda", torch.cuda.current_device())
-    part, own = open_shared(memory, device), {}
+    part, own = open_shared(memory, device), dict[str, torch.Tensor]()
+    unpack = vllm_consumer(device)
     link.send("open")
     while (request := link.recv()) is not None:
         if request == "checksum":
             link.send(device_checksum(part))
+            continue
+        if isinstance(request, dict):  # a packed chunk of vLLM's
+            for name, tensor in unpack(request):
+                own.setdefault(name, torch.empty_like(tensor)).copy_(tensor)
+            torch.cuda.synchronize()
+            link.send("copied")
             continue
         number, handle = request
         tensor = open_shared(handle, device)
@@ -56,6 +67,30 @@ def holder(memory: Mapping[str, Any], link: Connection) -> None:
         torch.cuda.synchronize()
         del tensor
         link.send("copied")
+
+
+def vllm_producer() -> Any:
+    """vLLM's own packing of tensors into one IPC buffer; None without vLLM, or in a version that has none."""
+    try:
+        return importlib.import_module("vllm.distributed.weight_transfer.packed_tensor").packed_ipc_producer
+    except (ImportError, AttributeError):
+        return None
+
+
+def vllm_consumer(device: torch.device) -> Callable[[dict[str, Any]], list[tuple[str, torch.Tensor]]]:
+    """The receiving end, as vLLM's IPC engine holds it: what a chunk unpacks to, before any loader."""
+    if vllm_producer() is None:
+        return lambda chunk: []
+    packed = importlib.import_module("vllm.distributed.weight_transfer.packed_tensor")
+    # one importer for all chunks of a transfer, in the versions that have one
+    importer = getattr(packed, "PackedBufferImporter", None)
+    more = {} if importer is None else {"importer": importer()}
+
+    def unpack(chunk: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
+        found: list[tuple[str, torch.Tensor]] = packed.packed_ipc_consumer(**chunk, device_index=device.index, **more)
+        return found
+
+    return unpack
 
 
 def measure(model: str, rounds: int) -> dict[str, Any]:
@@ -87,12 +122,26 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
             link.send((name, shared(flat)))
             link.recv()
 
+    def packed() -> None:
+        """vLLM's packed IPC transfer of a new state dict; its loader, which would come on top, is a plain copy here."""
+        state = {name: DECAY * shadow[name] + (1 - DECAY) * live[name] for name in shadow}
+        for name, tensor in state.items():
+            shadow[name].copy_(tensor)
+        narrow = ((name, tensor.to(torch.bfloat16)) for name, tensor in state.items())
+        for chunk in produce(narrow, device_id(device), lambda item: item[1], buffer_size_bytes=buffer):
+            link.send(vars(chunk))
+            link.recv()
+
+    buffer = max(1 << 30, *(2 * t.numel() for t in shadow.values()))  # vLLM's default, or what the largest needs
+    produce = vllm_producer()
     contenders: dict[str, Callable[[], object]] = {
         "one captured pass, in place": lambda: captured(shadow, live, served, DECAY),
         "the same calls, not captured": lambda: eager(shadow, live, served, DECAY),
         "lerp, cast, copy, in place": stages,
         "state dict, a handle a parameter": handles,
     }
+    if produce is not None:
+        contenders["state dict, vLLM's packed IPC"] = packed
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 2):
         for name, run in contenders.items():
@@ -116,10 +165,14 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     for name, median in medians.items():
         print(f"  {name:34}{median:10.2f}{median / floor:9.2f}")
+    ours = medians["one captured pass, in place"] / floor
+    print(f"  one captured pass: {ours:.2f} x bytes / copy bandwidth (mark {MARK} x)")
     if not captured.captured:
         print("  the pass was NOT captured")
+    if produce is None:
+        print("  vLLM's packed IPC: left out (no vLLM with it here)")
     return {"parameters": parameters, "copy_bytes_per_second": bandwidth, "floor_ms": floor, "publish_ms": medians,
-            "captured": captured.captured, "all_ms": times}  # fmt: skip
+            "times_floor": ours, "mark": MARK, "captured": captured.captured, "all_ms": times}  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -19,14 +19,23 @@ struct Rows {
     const float *d_logps, *d_entropy, *d_lse;          // (rows,) upstream gradients
 };
 
-// One tensor of a weight average.
+// One tensor of a weight average. A bfloat16 shadow without `kept` is rounded at random.
 struct EmaTensor {
-    float* shadow;
+    void* shadow;
+    DType shadow_dtype;
     const void* param;
     DType param_dtype;
     void* publish;            // null: nothing to publish
     DType publish_dtype;
+    uint16_t* kept;           // what rounding has dropped so far; null: nothing is kept
     int64_t numel;
+    int64_t first;            // number of its first element in the whole model
+};
+
+// What all tensors of one update share.
+struct EmaCall {
+    float step;
+    uint32_t keys[2];         // of the random bits
 };
 
 // The compiled forms of the inner loops for one instruction set.
@@ -34,5 +43,5 @@ struct Kernels {
     const char* name;
     void (*row_stats)(const Rows&, int64_t begin, int64_t end);
     void (*row_grads)(const Rows&, int64_t begin, int64_t end);
-    void (*ema)(const EmaTensor&, int64_t begin, int64_t end, float step);
+    void (*ema)(const EmaTensor&, int64_t begin, int64_t end, const EmaCall&);
 };

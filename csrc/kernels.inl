@@ -1,45 +1,11 @@
-// The inner loops, sixteen floats at a time, written once and compiled for each instruction set by isa.cpp.
+// The passes over rows of logits, written once and compiled for each instruction set by isa.cpp.
 // Copyright the AdvGame authors. SPDX-License-Identifier: Apache-2.0
 //
-// Included inside a namespace, after the standard headers. GCC's and clang's vector types become AVX-512 registers, pairs of
-// AVX2 or quadruples of SSE registers. Formulas: advgame_kernels/passes_torch.py.
+// Included inside a namespace. Formulas: advgame_kernels/passes_torch.py.
 
-typedef float F __attribute__((vector_size(64)));
-typedef int32_t I __attribute__((vector_size(64)));
-typedef uint32_t U __attribute__((vector_size(64)));
-typedef uint16_t H __attribute__((vector_size(32)));
+#include "lanes.inl"
+
 typedef double D __attribute__((vector_size(64)));
-constexpr int kLanes = 16;
-
-static inline F splat(float x) { return F{} + x; }
-
-static inline F load(const float* p) {
-    F x;
-    __builtin_memcpy(&x, p, sizeof x);
-    return x;
-}
-
-static inline F load(const uint16_t* p) {
-    H raw;
-    __builtin_memcpy(&raw, p, sizeof raw);
-    return (F)(__builtin_convertvector(raw, U) << 16);
-}
-
-static inline void store(float* p, F x) { __builtin_memcpy(p, &x, sizeof x); }
-
-static inline H narrow(F x) {
-    const U bits = (U)x;
-    // Round to nearest even by adding half an ulp, less one when the kept part is even; a NaN stays a NaN.
-    const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const U quiet = (bits >> 16) | 0x40u;
-    const U kept = (U)(x == x);
-    return __builtin_convertvector((rounded & kept) | (quiet & ~kept), H);
-}
-
-static inline void store(uint16_t* p, F x) {
-    const H out = narrow(x);
-    __builtin_memcpy(p, &out, sizeof out);
-}
 
 // The same for gradients, where the processor's own instruction may take subnormal numbers for zero.
 static inline void store_grads(float* p, F x) { store(p, x); }
@@ -51,44 +17,6 @@ static inline void store_grads(uint16_t* p, F x) {
 #else
     store(p, x);
 #endif
-}
-
-// Past the caches, for what nobody reads soon: a line need not be fetched in order to be overwritten. `p` at 32 bytes.
-static inline void stream(uint16_t* p, F x) {
-#ifdef __AVX2__
-    _mm256_stream_si256((__m256i*)p, (__m256i)narrow(x));
-#else
-    store(p, x);
-#endif
-}
-
-static inline float widen(float x) { return x; }
-
-static inline float widen(uint16_t x) {
-    const uint32_t bits = (uint32_t)x << 16;
-    float out;
-    __builtin_memcpy(&out, &bits, sizeof out);
-    return out;
-}
-
-// A partial block at the end of a row: missing lanes are `fill` on the way in and are not written on the way out.
-template <class T>
-static inline F load_some(const T* p, int n, float fill) {
-    if (n == kLanes) return load(p);
-    F x = splat(fill);
-    for (int i = 0; i < n; ++i) x[i] = widen(p[i]);
-    return x;
-}
-
-template <class T>
-static inline void store_some(T* p, F x, int n) {
-    if (n == kLanes) {
-        store(p, x);
-        return;
-    }
-    T whole[kLanes];
-    store(whole, x);
-    for (int i = 0; i < n; ++i) p[i] = whole[i];
 }
 
 static inline F largest(F a, F b) { return a > b ? a : b; }
@@ -347,54 +275,4 @@ static void row_grads(const Rows& job, int64_t begin, int64_t end) {
         grads_of_rows<uint16_t, uint16_t>(job, begin, end);
     else
         job.grad_dtype == kFloat32 ? grads_of_rows<float, float>(job, begin, end) : grads_of_rows<float, uint16_t>(job, begin, end);
-}
-
-template <class P>
-static inline F averaged(float* shadow, const P* param, int n, float step) {
-    F s = load_some(shadow, n, 0.0f);
-    s = s + (load_some(param, n, 0.0f) - s) * step;
-    store_some(shadow, s, n);
-    return s;
-}
-
-template <class P, class Q>
-static void ema_of(const EmaTensor& job, int64_t begin, int64_t end, float step) {
-    float* shadow = job.shadow;
-    const P* param = (const P*)job.param;
-    Q* publish = (Q*)job.publish;
-    for (int64_t j = begin; j < end; j += kLanes) {
-        const int n = (int)(end - j < kLanes ? end - j : kLanes);
-        const F s = averaged(shadow + j, param + j, n, step);
-        if (publish) store_some(publish + j, s, n);
-    }
-}
-
-// The usual case, a large tensor with a bfloat16 copy, without reading the copy's old lines: 14 bytes a parameter and not 16.
-template <class P>
-static void ema_streamed(const EmaTensor& job, int64_t begin, int64_t end, float step) {
-    uint16_t* publish = (uint16_t*)job.publish;
-    int64_t first = begin;
-    while (first < end && (uintptr_t)(publish + first) % 32) ++first;
-    const int64_t last = first + (end - first) / kLanes * kLanes;
-    ema_of<P, uint16_t>(job, begin, first, step);
-    for (int64_t j = first; j < last; j += kLanes)
-        stream(publish + j, averaged(job.shadow + j, (const P*)job.param + j, kLanes, step));
-    ema_of<P, uint16_t>(job, last, end, step);
-#ifdef __AVX2__
-    _mm_sfence();
-#endif
-}
-
-template <class P>
-static void ema_narrow(const EmaTensor& job, int64_t begin, int64_t end, float step) {
-    constexpr int64_t large = 1 << 20;  // elements: below, the copy may well be read from a cache
-    job.publish && job.numel >= large ? ema_streamed<P>(job, begin, end, step) : ema_of<P, uint16_t>(job, begin, end, step);
-}
-
-static void ema(const EmaTensor& job, int64_t begin, int64_t end, float step) {
-    const bool narrow_in = job.param_dtype == kBFloat16, narrow_out = job.publish_dtype == kBFloat16;
-    if (narrow_in)
-        narrow_out ? ema_narrow<uint16_t>(job, begin, end, step) : ema_of<uint16_t, float>(job, begin, end, step);
-    else
-        narrow_out ? ema_narrow<float>(job, begin, end, step) : ema_of<float, float>(job, begin, end, step);
 }

@@ -49,21 +49,31 @@ static void row_grads(uintptr_t logits, int dtype, uintptr_t grads, int grad_dty
                  [&job](int64_t begin, int64_t end) { active->row_grads(job, begin, end); });
 }
 
-using EmaEntry = std::tuple<uintptr_t, uintptr_t, int, uintptr_t, int, int64_t>;
+using EmaEntry = std::tuple<uintptr_t, int, uintptr_t, int, uintptr_t, int, uintptr_t, int64_t>;
 
-static void ema_update(const std::vector<EmaEntry>& entries, double step, int threads) {
+// A seed's two keys: neighbouring seeds get keys without a pattern (splitmix64's finaliser).
+static EmaCall ema_call(double step, uint64_t seed) {
+    uint64_t x = seed + 0x9e3779b97f4a7c15u;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    x ^= x >> 31;
+    return {(float)step, {(uint32_t)x, (uint32_t)(x >> 32)}};
+}
+
+static void ema_update(const std::vector<EmaEntry>& entries, double step, uint64_t seed, int threads) {
     std::vector<EmaTensor> tensors;
-    std::vector<int64_t> starts{0};
-    for (const auto& [shadow, param, param_dtype, publish, publish_dtype, numel] : entries) {
-        tensors.push_back({at<float>(shadow), at<const void>(param), dtype_of(param_dtype), at<void>(publish),
-                           dtype_of(publish_dtype), numel});
-        starts.push_back(starts.back() + numel);
+    int64_t total = 0;
+    for (const auto& [shadow, shadow_dtype, param, param_dtype, publish, publish_dtype, kept, numel] : entries) {
+        tensors.push_back({at<void>(shadow), dtype_of(shadow_dtype), at<const void>(param), dtype_of(param_dtype),
+                           at<void>(publish), dtype_of(publish_dtype), at<uint16_t>(kept), numel, total});
+        total += numel;
     }
+    const EmaCall call = ema_call(step, seed);
     // One range over the whole model, so that threads share the work whatever the sizes of the tensors are.
-    parallel_for(starts.back(), 1 << 16, threads, [&](int64_t begin, int64_t end) {
-        for (size_t i = 0; i < tensors.size(); ++i) {
-            const int64_t from = std::max(begin, starts[i]) - starts[i], to = std::min(end, starts[i + 1]) - starts[i];
-            if (from < to) active->ema(tensors[i], from, to, (float)step);
+    parallel_for(total, 1 << 16, threads, [&](int64_t begin, int64_t end) {
+        for (const EmaTensor& tensor : tensors) {
+            const int64_t from = std::max(begin - tensor.first, int64_t{0}), to = std::min(end - tensor.first, tensor.numel);
+            if (from < to) active->ema(tensor, from, to, call);
         }
     });
 }

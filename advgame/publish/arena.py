@@ -11,6 +11,7 @@ import os
 import warnings
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from advgame.errors import InputError
 from advgame.publish.plan import Plan
+
+HUGE = 8 << 20
+"""Bytes from which on shared memory asks for huge pages."""
 
 
 class Arena:
@@ -87,6 +91,9 @@ def mapped(path: str, size: int) -> Tensor:
         if have < size:
             raise ValueError(f"the shared file has {have} bytes, the plan needs {size}")
         memory = mmap.mmap(file.fileno(), max(size, mmap.PAGESIZE))
+    if size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a hint: fewer entries of page tables for those who write and read all of it
+            memory.madvise(mmap.MADV_HUGEPAGE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.frombuffer(memory, dtype=torch.uint8)[: max(size, 1)]

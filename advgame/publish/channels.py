@@ -95,7 +95,7 @@ class ArenaChannel:
         self._made = Destinations(plans, self._memory.parts, self._device)
 
     async def deliver(self, llm: Any, *, verify: bool) -> None:
-        """Places what was staged, fences; with `verify` the engine compares checksums and raises on a difference."""
+        """Places what was staged, fences; with `verify` the engine compares plan and checksums, and raises."""
         self.destinations.settle()
         if self._memory.parts[0].device.type == "cuda":
             for part in self._memory.parts:
@@ -103,7 +103,7 @@ class ArenaChannel:
             if self._device is not None:
                 torch.cuda.synchronize(self._device)
         if verify:
-            await llm.collective_rpc("advgame_verify", args=(self.checksums(),))
+            await llm.collective_rpc("advgame_verify", args=([plan.hash for plan in self.plans], self.checksums()))
 
     def checksums(self) -> list[dict[str, int]]:
         """Of every storage as the trainer sees it, by rank."""

@@ -71,7 +71,8 @@ class CollectiveChannel:
         host, seconds = self._settings.rendezvous_host, self._settings.publish_timeout_s
         store = groups.open_store(host, self._settings.rendezvous_port)
         name, size = f"advgame-{secrets.token_hex(4)}", 1 + len(plans)
-        how = {"host": host, "port": store.port, "name": name, "size": size, "seconds": seconds}
+        hashes = [plan.hash for plan in plans]
+        how = {"host": host, "port": store.port, "name": name, "size": size, "seconds": seconds, "plans": hashes}
         joined, _ = await _both(
             groups.off_thread(
                 lambda: groups.join(store, name, 0, size, device=self._device, host=host, seconds=seconds)

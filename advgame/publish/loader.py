@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advgame.publish.arena import Arena, flat_view
+from advgame.publish.arena import Arena, checksum, flat_view
 from advgame.publish.plan import ALIGNMENT, Source
 
 
@@ -16,7 +16,8 @@ class LoaderChannel:
     """The trainer writes a shared file in its own layout; the engine then loads it like a checkpoint.
 
     Right wherever vLLM can reload a model, at the price of its loader: every parameter is copied, split and processed
-    by Python again.
+    by Python again. There is no plan, so a verified delivery compares what the engine has read, by name, not where it
+    went; that shows in the sampler's log-probs (`advgame/run/verify.py`).
     """
 
     # on the CPU a repacked tied head would keep its old copy through vLLM's reload; plain weights have no copies
@@ -53,7 +54,8 @@ class LoaderChannel:
 
     async def deliver(self, llm: Any, *, verify: bool) -> None:
         assert self._arena is not None
-        await llm.collective_rpc("advgame_load", args=(self._arena.path, self._arena.size, self._entries))
+        sums = {name: checksum(tensor) for name, tensor in self._tensors.items()} if verify else None
+        await llm.collective_rpc("advgame_load", args=(self._arena.path, self._arena.size, self._entries, sums))
 
     def close(self) -> None:
         self._tensors = {}

@@ -8,9 +8,12 @@ live in. A line of JSON each way. Nobody else can connect: the address and the t
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import socket
+import struct
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -20,6 +23,9 @@ from advgame.publish.record import PlanRefused
 
 VARIABLE = "ADVGAME_PUBLISH"
 """Environment variable of an engine: address, token and seconds to wait."""
+
+GREETING_S = 2.0
+"""Seconds within which whoever connects must show the token."""
 
 Grant = Callable[[Sequence[Plan], Sequence[str]], Sequence[Mapping[str, Any]]]
 """(plans, devices) by rank -> where each rank's parameters shall live, as plain data."""
@@ -82,11 +88,12 @@ class Meeting:
                     self._connections.append(connection)
                     if self._over.is_set():  # `close` may have looked through the connections already
                         break
-                    connection.settimeout(self._seconds)
                     line = _Line(stack.enter_context(connection))
-                    if line.read().get("token") != self._token:
-                        connection.shutdown(socket.SHUT_RDWR)
+                    if not _is_ours(connection) or not self._greeted(connection, line):
+                        with suppress(OSError):
+                            connection.shutdown(socket.SHUT_RDWR)
                         continue
+                    connection.settimeout(self._seconds)
                     line.write(self._hello)
                     answer = line.read()
                     ranks[answer["rank"]] = line, answer
@@ -97,6 +104,15 @@ class Meeting:
             finally:
                 self._done.set()
 
+    def _greeted(self, connection: socket.socket, line: _Line) -> bool:
+        """Whether the first line came in time and holds the token; anything else is a stranger's."""
+        connection.settimeout(GREETING_S)
+        try:
+            shown = line.read(within=GREETING_S).get("token")
+        except (OSError, ValueError, AttributeError):  # silence, no text, no JSON, no object
+            return False
+        return isinstance(shown, str) and secrets.compare_digest(shown.encode(), self._token.encode())
+
     def _settle(self, ranks: Sequence[tuple[_Line, dict[str, Any]]]) -> None:
         """All ranks are there: memory for all of them, or for none."""
         reasons = [reason for _, answer in ranks for reason in answer.get("refused", ())]
@@ -104,6 +120,8 @@ class Meeting:
             if reasons:
                 raise PlanRefused(list(dict.fromkeys(reasons)))
             plans = [Plan.from_tree(answer["plan"]) for _, answer in ranks]
+            if [plan.hash for plan in plans] != [answer["hash"] for _, answer in ranks]:
+                raise PlanRefused(["the plan that arrived is not the one that the engine made"])
             if found := source_problems(plans):
                 raise PlanRefused(found)
             granted = self._grant(plans, [answer["device"] for _, answer in ranks])
@@ -111,8 +129,8 @@ class Meeting:
             for line, _ in ranks:
                 line.write({"memory": None})
             raise
-        for (line, _), memory in zip(ranks, granted, strict=True):
-            line.write({"memory": memory})
+        for (line, _), memory, plan in zip(ranks, granted, plans, strict=True):
+            line.write({"memory": memory, "hash": plan.hash})
         reasons = [reason for line, _ in ranks for reason in line.read().get("refused", ())]
         if reasons:
             raise PlanRefused(list(dict.fromkeys(reasons)))
@@ -136,10 +154,16 @@ class Call:
     def answer(
         self, rank: int, world_size: int, device: str, plan: Plan | None, refused: Sequence[str] = ()
     ) -> dict[str, Any] | None:
-        """Sends this rank's plan, or why there is none; returns the memory it got, None for none."""
-        tree = {} if plan is None else {"plan": plan.to_tree()}
+        """Sends this rank's plan, or why there is none; returns the memory it got, None for none.
+
+        RuntimeError: the trainer would write by another plan.
+        """
+        tree = {} if plan is None else {"plan": plan.to_tree(), "hash": plan.hash}
         self._line.write({"rank": rank, "world": world_size, "device": device, "refused": list(refused), **tree})
-        memory: dict[str, Any] | None = self._line.read()["memory"]
+        reply = self._line.read()
+        memory: dict[str, Any] | None = reply["memory"]
+        if memory is not None and (plan is None or reply["hash"] != plan.hash):
+            raise RuntimeError("the trainer would write by another plan than this engine's")
         return memory
 
     def settled(self, refused: Sequence[str] = ()) -> None:
@@ -154,19 +178,38 @@ def _world(ranks: Mapping[int, tuple[_Line, dict[str, Any]]]) -> int:
     return next((answer["world"] for _, answer in ranks.values()), 1)
 
 
+def _is_ours(connection: socket.socket) -> bool:
+    """Whether a process of this user (or root) is at the other end."""
+    _, user, _ = struct.unpack(
+        "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    )
+    return user in (os.getuid(), 0)
+
+
 class _Line:
     """Messages of one JSON line each."""
 
     def __init__(self, connection: socket.socket):
-        self._file = connection.makefile("rw", encoding="utf-8")
+        self._connection = connection
+        self._rest = b""
 
     def write(self, message: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(message) + "\n")
-        self._file.flush()
+        self._connection.sendall(json.dumps(message).encode() + b"\n")
 
-    def read(self) -> dict[str, Any]:
-        text = self._file.readline()
-        if not text:
-            raise ConnectionError("the other side of the meeting is gone")
+    def read(self, within: float | None = None) -> dict[str, Any]:
+        """The next message, by the connection's own time limit a piece and `within` seconds in all.
+
+        ConnectionError: the other side is gone; TimeoutError; ValueError: no JSON.
+        """
+        over = None if within is None else time.monotonic() + within
+        pieces = [self._rest]
+        while b"\n" not in pieces[-1]:
+            if over is not None and (time.monotonic() > over or len(pieces) > 16):
+                raise TimeoutError("no line in time")
+            piece = self._connection.recv(1 << 16)
+            if not piece:
+                raise ConnectionError("the other side of the meeting is gone")
+            pieces.append(piece)
+        text, _, self._rest = b"".join(pieces).partition(b"\n")
         message: dict[str, Any] = json.loads(text)
         return message

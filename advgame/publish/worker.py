@@ -22,7 +22,7 @@ from vllm.distributed.weight_transfer.base import (
 from advgame.publish import group as groups
 from advgame.publish import plugin
 from advgame.publish.adapter import Place, place_of, place_of_worker
-from advgame.publish.arena import flat_view, mapped
+from advgame.publish.arena import checksum, flat_view, mapped
 from advgame.publish.binding import bind, checksums, compare, copied_checksums, flats_of, open_part
 from advgame.publish.buckets import Layout, Unpacker
 from advgame.publish.cuda_memory import device_id
@@ -133,9 +133,10 @@ class PublishWorker:
         """The GPU's own name, or "cpu"."""
         return device_id(place_of_worker(self).device)
 
-    def advgame_verify(self, expected: list[dict[str, int]]) -> None:
-        """Compares every storage with what the trainer wrote (checksums by rank). Raises RuntimeError."""
+    def advgame_verify(self, hashes: list[str], expected: list[dict[str, int]]) -> None:
+        """Compares the plan and every storage with the trainer's (hashes, checksums, by rank). Raises RuntimeError."""
         place, plan = place_of_worker(self), _plan_of(self)
+        check_hash(plan, hashes[place.rank])
         compare(checksums(place.model, plan), expected[place.rank])
 
     def advgame_join(self, how: dict[str, Any], layout: dict[str, Any]) -> None:
@@ -150,6 +151,7 @@ class PublishWorker:
             seconds=how["seconds"],
         )  # fmt: skip
         plan = _plan_of(self)
+        check_hash(plan, how["plans"][place.rank])
         engine.flats = engine.flats or flats_of(place.model, plan)
         engine.unpacker = Unpacker(Layout.from_tree(layout), plan, engine.flats, place.device)
 
@@ -173,12 +175,15 @@ class PublishWorker:
         if place.device.type == "cuda":
             torch.cuda.synchronize(place.device)
 
-    def advgame_load(self, path: str, size: int, entries: list[Any]) -> None:
-        """vLLM's own loader over tensors in a shared file; entries: (name, dtype, shape, byte offset)."""
+    def advgame_load(self, path: str, size: int, entries: list[Any], expected: dict[str, int] | None = None) -> None:
+        """vLLM's own loader over tensors in a shared file; entries: (name, dtype, shape, byte offset).
+
+        expected: checksums by name of what must be read. RuntimeError: something else was.
+        """
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-        arena = mapped(path, size)
+        arena, read = mapped(path, size), dict[str, int]()
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             for name, dtype, shape, offset in entries:
@@ -186,13 +191,18 @@ class PublishWorker:
                 for n in shape:
                     elements *= n
                 # the loader may keep what it is given until a layer is whole; the arena changes under it later
-                yield name, flat_view(arena, offset, elements, getattr(torch, dtype)).view(*shape).clone()
+                own = flat_view(arena, offset, elements, getattr(torch, dtype)).view(*shape).clone()
+                if expected is not None:
+                    read[name] = checksum(own)
+                yield name, own
 
         model, config = place_of_worker(self).model, self.vllm_config  # type: ignore[attr-defined]
         with set_current_vllm_config(config), torch.no_grad():
             initialize_layerwise_reload(model)
             model.load_weights(tensors())  # type: ignore[operator]
             finalize_layerwise_reload(model, config.model_config)
+        if expected is not None:
+            compare(expected, read)
 
     def advgame_load_one(self, name: str, dtype: str, shape: list[int], data: bytes) -> None:
         """One parameter through `load_weights`: how published systems do it; kept for comparison."""
@@ -210,6 +220,12 @@ class PublishWorker:
 def _engine_of(worker: Any) -> PublishEngine:
     engine: PublishEngine = worker.weight_transfer_engine
     return engine
+
+
+def check_hash(plan: Plan, theirs: str) -> None:
+    """RuntimeError if the trainer writes by another plan."""
+    if plan.hash != theirs:
+        raise RuntimeError(f"the trainer writes by plan {theirs}, this engine's is {plan.hash}")
 
 
 def _plan_of(worker: Any) -> Plan:

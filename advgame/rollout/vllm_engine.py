@@ -99,8 +99,9 @@ class VllmEngine:
         vocabulary), was aborted by a publish or took longer than `request_timeout_s`; EngineDied if the engine's
         process ended.
         """
+        vllm_requests.check(request, self.name, text_stops=self._text_stops)
         llm = await self._serving()
-        vllm_requests.check(request, self.name, self._positions, self._vocabulary, text_stops=self._text_stops)
+        vllm_requests.check_fits(request, self.name, self._positions, self._vocabulary)
         final = await self._answer(llm, request)
         made = final.outputs[0]
         if made.finish_reason not in ("stop", "length"):
@@ -153,6 +154,11 @@ class VllmEngine:
                 self._version = version
                 await self._restart(self.restore if written else write)
                 return
+            except BaseException:
+                # cancelled in between: its weights may be of two versions, and nobody is left to bring the others
+                self._kill()
+                self._version = version if written else self._version
+                raise
             self.last_publish = PublishTimes(*(b - a for a, b in itertools.pairwise(marks)))
 
     async def close(self) -> None:
@@ -210,10 +216,10 @@ class VllmEngine:
                         await channel.deliver(llm, verify=True)
                         await vllm_start.reset_caches(llm)
                 await vllm_start.stamp(llm, self._version)
-        except Exception as error:
+        except BaseException as error:  # also of a caller who is cancelled: no process may be left behind
             if llm is not None:
                 vllm_start.kill(llm)
-            if isinstance(error, WriteFailed | InputError):
+            if isinstance(error, WriteFailed | InputError) or not isinstance(error, Exception):
                 raise
             if isinstance(error, PlanRefused):
                 raise InputError(

@@ -8,13 +8,17 @@ from typing import Any
 from advgame.rollout.engine import EngineError, Request
 
 
-def check(request: Request, name: str, positions: int, vocabulary: int, *, text_stops: bool) -> None:
-    """EngineError for what vLLM would cut short in silence or die of."""
-    ids, most = request.prompt_ids, request.sampling.max_tokens
-    if not ids:
+def check(request: Request, name: str, *, text_stops: bool) -> None:
+    """EngineError for what no engine could serve: nothing need run to see it."""
+    if not request.prompt_ids:
         raise EngineError(f"{name}: the prompt is empty")
     if request.stop and not text_stops:
         raise EngineError(f"{name}: a stop text was asked for, and this engine has no tokenizer")
+
+
+def check_fits(request: Request, name: str, positions: int, vocabulary: int) -> None:
+    """EngineError for what this engine would cut short in silence or die of."""
+    ids, most = request.prompt_ids, request.sampling.max_tokens
     if len(ids) + most > positions:
         raise EngineError(
             f"{name}: prompt of {len(ids)} tokens + max_tokens {most} exceeds the engine's {positions} positions"

@@ -97,7 +97,7 @@ def variants() -> Iterator[Variant]:
         yield Variant(
             f"ema[{shadow}, {param} to {publish}]", ema_triton.ema_kernel,
             {"table": "*i64", "step": "*fp32", "seed": "i32", "tensors": "i32"},
-            constants, ("table", "step"), {"num_warps": ema_triton.WARPS},
+            constants, ("table", "step"), ema_triton.OPTIONS,
         )  # fmt: skip
     pointers = {"logps": "*fp32", "entropy": "*fp32", "bounds": "*i64", "counts": "*i64", "ref": "*fp32",
                 "scale": "*fp64", "terms": "*fp64", "d_logps": "*fp32", "d_entropy": "*fp32"}  # fmt: skip

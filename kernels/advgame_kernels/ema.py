@@ -110,7 +110,8 @@ def ema_update_(
     """shadow += (1 − decay) · (params − shadow), in place, over a whole model; `publish` receives the new shadow.
 
     `publish` entries are converted with round-to-nearest-even and written while the new shadow is still at hand;
-    None skips one. On the CPU one C++ pass over all cores serves float32 and bfloat16 tensors.
+    None skips one. On the CPU one C++ pass over all cores serves float32 and bfloat16 tensors. A float32 shadow comes
+    out the same from every implementation to the last bit.
 
     A bfloat16 shadow needs `compensation`, zeros to begin with, which takes up what rounding drops, or a `seed` for
     stochastic rounding, another one every step (ema_bf16.py). Random bits differ between implementations.
@@ -120,19 +121,19 @@ def ema_update_(
     """
     one_of("impl", impl, IMPLS)
     _check(shadow, params, decay, publish, compensation, seed)
-    narrow = compensation is not None or seed is not None
     on_cpu = all(s.device.type == "cpu" for s in shadow)
-    if impl == "native" or (impl == "auto" and on_cpu and not narrow and native.available()):
-        if not on_cpu or narrow:
-            raise RuntimeError("impl='native' serves float32 shadows on the CPU only")
+    if impl == "native" or (impl == "auto" and on_cpu and native.available()):
+        if not on_cpu:
+            raise RuntimeError("impl='native' serves tensors on the CPU only")
         native.require()
-        rest = native.ema_update_(shadow, params, decay, publish)
+        rest = native.ema_update_(shadow, params, decay, publish, compensation, seed)
         if rest and impl == "native":
             raise RuntimeError("impl='native' serves float32 and bfloat16 tensors only")
         if rest:
             ema_update_ref_(
                 [shadow[i] for i in rest], [params[i] for i in rest], decay,
                 publish=None if publish is None else [publish[i] for i in rest],
+                compensation=None if compensation is None else [compensation[i] for i in rest], seed=seed,
             )  # fmt: skip
         return
     on_cuda = bool(shadow) and all(s.device.type == "cuda" for s in shadow)

@@ -23,7 +23,8 @@ from advgame_kernels._launch import device_of
 
 BLOCK = 2048
 BLOCKS = 32  # a program's share of a tensor
-WARPS = 8
+# Products are rounded before they are added, as plain torch code does it: the same average to the last bit.
+OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
 # Triton's names of the dtypes that a table's addresses may point to.
 TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -103,7 +104,7 @@ class Launch:
             with device_of(self.table):
                 ema_kernel[(self.segments,)](
                     self.table, step, seed, self.table.shape[0], **self.constants, BLOCKS=BLOCKS, BLOCK=BLOCK,
-                    num_warps=WARPS,
+                    **OPTIONS,
                 )  # fmt: skip
 
 

@@ -125,18 +125,23 @@ def ema_update_(
     params: Sequence[Tensor],
     decay: float | Tensor,
     publish: Sequence[Tensor | None] | None,
+    compensation: Sequence[Tensor] | None = None,
+    seed: int | None = None,
 ) -> list[int]:
     """Update every tensor whose dtypes the extension knows; return the indices of the others."""
-    table, rest = ema_table(shadow, params, publish)
-    ema_run(table, 1.0 - float(decay))
+    table, rest = ema_table(shadow, params, publish, compensation)
+    ema_run(table, 1.0 - float(decay), seed or 0)
     return rest
 
 
-EmaTable = list[tuple[int, int, int, int, int, int]]
+EmaTable = list[tuple[int, int, int, int, int, int, int, int]]
 
 
 def ema_table(
-    shadow: Sequence[Tensor], params: Sequence[Tensor], publish: Sequence[Tensor | None] | None
+    shadow: Sequence[Tensor],
+    params: Sequence[Tensor],
+    publish: Sequence[Tensor | None] | None,
+    compensation: Sequence[Tensor] | None = None,
 ) -> tuple[EmaTable, list[int]]:
     """Addresses, dtype codes and sizes of what the extension can update; the indices of the others."""
     rest, table = [], []
@@ -146,10 +151,15 @@ def ema_table(
             rest.append(i)
             continue
         target = (0, 0) if out is None else (out.data_ptr(), CODES[out.dtype])
-        table.append((s.data_ptr(), p.data_ptr(), CODES[p.dtype], *target, s.numel()))
+        kept = 0 if compensation is None else compensation[i].data_ptr()
+        table.append((s.data_ptr(), CODES[s.dtype], p.data_ptr(), CODES[p.dtype], *target, kept, s.numel()))
     return table, rest
 
 
-def ema_run(table: EmaTable, step: float) -> None:
-    """shadow += step · (param − shadow) for every row of `table`, whose tensors must still be alive."""
-    _native.ema_update(table, step, torch.get_num_threads())
+def ema_run(table: EmaTable, step: float, seed: int = 0) -> None:
+    """shadow += step · (param − shadow) for every row of `table`, whose tensors must still be alive.
+
+    seed: of the rounding of bfloat16 shadows without compensation. The bits depend on it and on an element's place
+    among all of the table, on nothing else.
+    """
+    _native.ema_update(table, step, seed % (1 << 64), torch.get_num_threads())

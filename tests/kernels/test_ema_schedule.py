@@ -92,3 +92,23 @@ def test_stochastic_rounding_is_unbiased():
     z = error.mean(dim=1) / (spread / 10_000**0.5)
     assert z.abs().max() < 5
     assert abs(error.mean()) < 5 * 2**-7 * float((places * (1 - places)).mean().sqrt()) / 160_000**0.5
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_stochastic_updates_are_unbiased_for_every_weight_and_over_time(impl):
+    """The whole update, 4096 weights at 16 places between two neighbours, 64 seeds in a row: z-tests at 5 standard
+    errors of each place and of each seed, at 7 of each weight over the seeds; neighbours of either kind do not
+    correlate."""
+    n, seeds = 4096, 64
+    places = (torch.arange(n, dtype=torch.float64) % 16 + 0.5) / 16
+    player, errors = (1 + places * 2**-7).float(), []
+    for seed in range(seeds):
+        shadow = [torch.ones(n, dtype=torch.bfloat16)]
+        ak.ema_update_(shadow, [player], 0.0, seed=seed, impl=impl)
+        errors.append((shadow[0].double() - player.double()) / (2**-7 * (places * (1 - places)).sqrt()))
+    scores = torch.stack(errors)  # each of mean 0 and variance 1
+    assert (scores.view(seeds, -1, 16).mean(dim=(0, 1)).abs() * (seeds * n / 16) ** 0.5).max() < 5
+    assert (scores.mean(dim=1).abs() * n**0.5).max() < 5
+    assert (scores.mean(dim=0).abs() * seeds**0.5).max() < 7  # of 64 coins, some 1 in 32
+    for one, other in ((scores[:, 1:], scores[:, :-1]), (scores[1:], scores[:-1])):
+        assert abs(float((one * other).mean())) * (seeds * n) ** 0.5 < 5

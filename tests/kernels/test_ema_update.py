@@ -75,13 +75,91 @@ def test_a_prepared_triton_launch_reads_its_step_when_it_runs():
         assert torch.equal(shadow[0], torch.full((40,), want, device=DEVICE))
 
 
-@pytest.mark.skipif(not native.available(), reason="no extension")
-def test_native_equals_reference_to_the_last_bit_or_the_next():
-    a, b, params = model(torch.float32, 1), model(torch.float32, 1), model(torch.float32, 2)
-    ak.ema_update_(a, params, 0.95, impl="native")
-    ak.ema_update_ref_(b, params, 0.95)
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, rtol=1.2e-7, atol=1e-8)
+NEEDS_NATIVE = pytest.mark.skipif(not native.available(), reason="no extension")
+
+
+def isas() -> list[str]:
+    """The instruction sets of the extension that this processor has."""
+    if not native.available():
+        return ["generic"]
+    used, found = native.isa(), []
+    for isa in ("generic", "avx2", "avx512", "avx512_bf16"):
+        try:
+            native._native.use_isa(isa)
+            found.append(isa)
+        except ValueError:
+            continue
+    native._native.use_isa(used)
+    return found
+
+
+@pytest.fixture
+def isa(request):
+    used = native.isa()
+    native._native.use_isa(request.param)
+    yield request.param
+    native._native.use_isa(used)
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("isa", isas(), indirect=True)
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compensated", [False, True])
+def test_native_equals_the_reference_to_the_last_bit(isa, param_dtype, compensated):
+    """Over steps of different size, with a copy, also of tensors large enough for the loop past the caches."""
+    params = [*model(param_dtype, 2), torch.randn(1 << 20, generator=torch.Generator().manual_seed(4)).to(param_dtype)]
+    kind = torch.bfloat16 if compensated else torch.float32
+    shadows = [
+        [torch.randn(p.shape, generator=torch.Generator().manual_seed(5)).to(kind) for p in params] for _ in "ab"
+    ]
+    copies, kept = ([[torch.zeros(p.shape, dtype=torch.bfloat16) for p in params] for _ in "ab"] for _ in "ck")
+    for decay in (0.95, 0.9999, 0.3):
+        extra = [{"compensation": k} if compensated else {} for k in kept]
+        ak.ema_update_(shadows[0], params, decay, publish=copies[0], impl="native", **extra[0])
+        ak.ema_update_ref_(shadows[1], params, decay, publish=copies[1], **extra[1])
+        for one, other in (shadows, copies, kept):
+            assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16])
+def test_triton_equals_the_reference_to_the_last_bit(param_dtype):
+    """In the interpreter, and on a GPU since the compiler may not fuse the product with the addition."""
+    params = [p.to(DEVICE) for p in model(param_dtype, 2)]
+    one, other = ([s.to(DEVICE) for s in model(torch.float32, 1)] for _ in "ab")
+    for decay in (0.95, 0.9999, 0.3):
+        ak.ema_update_(one, params, decay, impl="triton")
+        ak.ema_update_ref_(other, params, decay)
+        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+@NEEDS_NATIVE
+def test_native_random_bits_depend_on_seed_and_place_alone():
+    """Not on threads, instruction sets, addresses, or on how a model is cut into tensors."""
+    n = 3 * (1 << 16) + 7
+    g = torch.Generator().manual_seed(0)
+    start, player = torch.randn(n, generator=g).bfloat16(), torch.randn(n, generator=g)
+
+    def rounded(seed, cuts=(n,), offset=0):
+        room = torch.zeros(n + offset, dtype=torch.bfloat16)
+        room[offset:].copy_(start)
+        ak.ema_update_(room[offset:].split(list(cuts)), player.split(list(cuts)), 0.5, seed=seed, impl="native")
+        return room[offset:].clone()
+
+    want, threads, used = rounded(7), torch.get_num_threads(), native.isa()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for isa in isas():
+                native._native.use_isa(isa)
+                assert torch.equal(rounded(7), want)
+        assert torch.equal(rounded(7, cuts=(5, n - 5), offset=3), want)
+    finally:
+        torch.set_num_threads(threads)
+        native._native.use_isa(used)
+    different = [(rounded(seed) != want).double().mean() for seed in (8, 9, 7 + (1 << 32), 7 + (1 << 63))]
+    # two neighbours half the time at most: a third of all in the mean
+    assert all(0.25 < share < 0.4 for share in different)
 
 
 @pytest.mark.skipif(not native.available(), reason="no extension")
@@ -176,7 +254,7 @@ def test_refusals_name_the_argument(change, message):
         ak.ema_update_(call.pop("shadow"), call.pop("params"), call.pop("decay"), **call)
 
 
-NARROW_IMPLS = ["torch", pytest.param("triton", marks=NEEDS_TRITON)]
+NARROW_IMPLS = [*IMPLS, pytest.param("triton", marks=NEEDS_TRITON)]
 
 
 @pytest.mark.parametrize("impl", NARROW_IMPLS)

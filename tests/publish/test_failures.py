@@ -81,6 +81,42 @@ def test_death_in_mid_publish_restarts_at_the_new_version(runner, engine, pair):
     assert_serves(runner, engine, pair[0], 2)
 
 
+@pytest.mark.parametrize("part", ["pause", "reset_caches", "stamp", "resume"])
+def test_death_in_any_part_of_a_publish_is_typed_within_five_seconds(runner, engine, pair, monkeypatch, part):
+    """Requests in flight hear of it in time, though a new engine takes longer to start; none comes from a mixture."""
+    answered: list[float] = []
+
+    async def ask(i):
+        try:
+            return await engine.generate(engines.request(PROMPTS[0], i, max_tokens=200))
+        finally:
+            answered.append(time.perf_counter())
+
+    async def run():
+        calls, died = getattr(vllm_start, part), []
+
+        async def deadly(llm, *rest):
+            if not died:
+                died.append(time.perf_counter())
+                kill(engine)
+            return await calls(llm, *rest)
+
+        monkeypatch.setattr(vllm_start, part, deadly)
+        busy = [asyncio.create_task(ask(i)) for i in range(300)]
+        await asyncio.sleep(0.05)
+        await engine.publish(1, writer(pair[1]))
+        return await asyncio.gather(*busy, return_exceptions=True), died[0]
+
+    engine.settings.in_flight = "keep"
+    answers, died = runner.run(run())
+    engine.settings.in_flight = "finish"
+    assert any(isinstance(a, EngineDied) for a in answers)
+    assert all(isinstance(a, EngineDied) or a.version == 0 for a in answers)
+    assert max(answered) - died < 5
+    assert engine.version == 1
+    assert_serves(runner, engine, pair[1], 1)
+
+
 def test_requests_in_flight_when_a_publish_fails_are_typed(runner, engine, pair, monkeypatch):
     """A part of the protocol fails; nobody is ever served from the half-published engine."""
 
@@ -132,6 +168,52 @@ def test_an_error_of_the_trainer_comes_through_as_it_is(runner, engine, pair):
     with pytest.raises(ZeroDivisionError):
         runner.run(engine.publish(1, write))
     assert engine.process_ids == []
+
+
+def test_a_cancelled_start_leaves_no_process(runner, folder, monkeypatch):
+    seen = []
+
+    async def hanging(llm):
+        seen.extend(vllm_start.process_ids(llm))
+        await asyncio.sleep(100)
+
+    async def run():
+        starting = asyncio.create_task(engines.vllm_engine(folder).start())
+        while not seen:
+            await asyncio.sleep(0.05)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+
+    monkeypatch.setattr("advgame.rollout.vllm_engine.guard", hanging)
+    runner.run(run())
+    assert seen
+    give_up = time.monotonic() + 5
+    while any(_alive(pid) for pid in seen):
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+
+
+def test_a_cancelled_publish_poisons_the_engine(runner, engine, pair, monkeypatch):
+    """Cancelled after the write: the engine, still paused, is never served again; the next one has the new weights."""
+    reached = asyncio.Event()
+
+    async def hanging(llm):
+        reached.set()
+        await asyncio.sleep(100)
+
+    async def run():
+        publishing = asyncio.create_task(engine.publish(1, writer(pair[1])))
+        await reached.wait()
+        publishing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await publishing
+
+    monkeypatch.setattr(vllm_start, "reset_caches", hanging)
+    runner.run(run())
+    monkeypatch.undo()
+    assert engine.process_ids == []
+    assert_serves(runner, engine, pair[1], 1)
 
 
 def test_restarts_end(runner, folder, pair):

@@ -1,6 +1,9 @@
 """Trainer and engine ranks at their meeting: memory for all or for none, reasons, strangers, ranks that never come."""
 
+import os
+import socket
 import threading
+from contextlib import suppress
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from advgame.publish.arena import SharedMemory, device_checksum
 from advgame.publish.binding import bind, checksums, compare, open_part
 from advgame.publish.destinations import Destinations
 from advgame.publish.meeting import VARIABLE, Call, Meeting
+from advgame.publish.plan import Plan
 from advgame.publish.record import PlanRefused
 
 CPU = torch.device("cpu")
@@ -97,6 +101,64 @@ def test_strangers_and_ranks_that_never_come():
         Call(f"{name} wrong {seconds}")
     with pytest.raises(RuntimeError, match="without asking where its weights should live"):
         meeting.outcome(0.1)
+    meeting.close()
+
+
+@pytest.mark.parametrize(
+    "says", [b"", b"no json\n", b'["a list"]\n', b"\xff\xfe\n", b'{"token": 3}\n', b"x" * 3_000_000], ids=str
+)
+def test_a_stranger_spoils_nothing(says, monkeypatch):
+    """It hangs up, talks nonsense, never ends its line or never says anything: the engine is served all the same."""
+    monkeypatch.setattr("advgame.publish.meeting.GREETING_S", 0.2)
+    memory, model = SharedMemory(), Fused()
+    meeting = Meeting("fused", SOURCES, memory.grant, seconds=20)
+    name = meeting.environment[VARIABLE].split()[0]
+    with socket.socket(socket.AF_UNIX) as silent, socket.socket(socket.AF_UNIX) as other:
+        for one in (silent, other):
+            one.connect(f"\0{name}")
+        sender = threading.Thread(target=lambda: suppressed(other.sendall, says))
+        sender.start()
+        thread = rank_of(meeting, 0, 1, model=model)
+        assert len(meeting.outcome(10)) == 1
+        thread.join()
+        sender.join()
+    meeting.close()
+
+
+def suppressed(call, *arguments):
+    with suppress(OSError):
+        call(*arguments)
+
+
+def test_another_user_is_turned_away(monkeypatch):
+    """By the kernel's word for who connects, whatever the token."""
+    meeting = Meeting("fused", SOURCES, SharedMemory().grant, seconds=20)
+    monkeypatch.setattr("advgame.publish.meeting.struct.unpack", lambda *_: (1, os.getuid() + 1, 1))
+    with pytest.raises((ConnectionError, BrokenPipeError)):
+        Call(meeting.environment[VARIABLE])
+    meeting.close()
+
+
+def test_a_plan_that_changed_on_its_way_is_refused_by_both_sides(monkeypatch):
+    from dataclasses import replace
+
+    spoilt = replace(plan_of(), model="another")
+    meeting = Meeting("fused", SOURCES, SharedMemory().grant, seconds=20)
+    monkeypatch.setattr(Plan, "from_tree", lambda tree: spoilt)
+    thread = rank_of(meeting, 0, 1)
+    with pytest.raises(PlanRefused, match="not the one that the engine made"):
+        meeting.outcome(20)
+    thread.join()
+    meeting.close()
+    monkeypatch.undo()
+
+    meeting = Meeting("fused", SOURCES, lambda plans, devices: [{"kind": "shm"}], seconds=20)
+    call, own = Call(meeting.environment[VARIABLE]), plan_of()
+    read = call._line.read
+    monkeypatch.setattr(call._line, "read", lambda: read() | {"hash": spoilt.hash})
+    with pytest.raises(RuntimeError, match="by another plan"):
+        call.answer(0, 1, "cpu", own)
+    call.close()
     meeting.close()
 
 

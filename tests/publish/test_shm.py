@@ -60,7 +60,7 @@ def assert_serves(runner, engine, model, version):
 
 
 @pytest.mark.parametrize(
-    ("family", "tied"), [("qwen2", True), ("qwen2", False), ("llama", False), ("qwen3", True)], ids=str
+    ("family", "tied"), [(family, tied) for family in ("qwen2", "llama", "qwen3") for tied in (True, False)], ids=str
 )
 def test_new_weights_are_what_is_sampled_from(runner, tmp_path, family, tied):
     first, second = (models.model(family, tied=tied, seed=s, hidden=engines.HIDDEN) for s in (0, 1))
@@ -89,14 +89,20 @@ def assert_tokens(model):
     return tuple(greedy(model, PROMPTS[0]).tolist())
 
 
-def test_the_loader_serves_the_same(runner, tmp_path):
+def test_the_loader_serves_the_same(runner, tmp_path, monkeypatch):
     first, second = (models.model(seed=s, hidden=engines.HIDDEN) for s in (0, 1))
     channel = LoaderChannel(sources_of(first.named_parameters()), "float32")
-    engine = engines.vllm_engine(engines.folder(tmp_path / "m", seed=0), channel=channel)
+    folder = engines.folder(tmp_path / "m", seed=0)
+    engine = engines.vllm_engine(folder, channel=channel, vllm=engines.settings(verify_every=1))
     try:
         for version, model in ((1, second), (2, first)):
             runner.run(engine.publish(version, writer(model)))
             assert_serves(runner, engine, model, version)
+        assert not engine.counters["defender_publish_failures"]
+        # what was read is not what was written
+        monkeypatch.setattr("advgame.publish.loader.checksum", lambda tensor: 1)
+        runner.run(engine.publish(3, writer(second)))
+        assert engine.counters["defender_restarts"] == engine.counters["defender_publish_failures"] == 1
     finally:
         runner.run(engine.close())
 

@@ -57,6 +57,9 @@ def test_a_players_engine_refuses_stop_texts(runner, folder):
     engine = engines.vllm_engine(folder)
     with pytest.raises(EngineError, match="no tokenizer"):
         runner.run(engine.generate(dataclasses.replace(engines.request((3, 9)), stop=("x",))))
+    with pytest.raises(EngineError, match="the prompt is empty"):
+        runner.run(engine.generate(engines.request(())))
+    assert engine.process_ids == [], "nothing need start to see that"
 
 
 def test_a_rubric_is_computed_once(runner, judge, folder):
