@@ -133,8 +133,11 @@ def small(case: HeadCase) -> HeadCase:
     return replace(case, vocab=512, width=64, rows=8 * case.pairs, response=4 * case.pairs)
 
 
-def bench_preference(case: HeadCase, device: torch.device, repeats: int) -> dict[str, Any]:
-    """linear_preference_loss forward and backward, against three bare GEMMs and the peers; printed and returned."""
+def bench_preference(case: HeadCase, device: torch.device, repeats: int, slow: bool = False) -> dict[str, Any]:
+    """linear_preference_loss forward and backward, against three bare GEMMs and the peers; printed and returned.
+
+    slow: also ask those who take minutes on a CPU.
+    """
     print(f"\nlinear_preference_loss: {case}")
     floor = three_gemms(case.shape, case.dtype, device, repeats)
     rate = case.shape.flops / floor * 1e3
@@ -146,8 +149,8 @@ def bench_preference(case: HeadCase, device: torch.device, repeats: int) -> dict
     memory: dict[str, int | None] = {}
     left_out: dict[str, str] = {}
     for name, run in contenders(case.dtype).items():
-        reason = None
-        if device.type == "cpu":
+        reason = None if slow or device.type != "cpu" else peers.SLOW_ON_CPU.get(name)
+        if device.type == "cpu" and reason is None:
             peak = peak_in_child(prepare, case, name)
             memory[name], reason = (None, peak) if isinstance(peak, str) else (peak, None)
         try:

@@ -124,7 +124,9 @@ def main(arguments: list[str]) -> int:
             less = fewer_rows(case) if device.type == "cpu" else case
             shape = name.removeprefix("preference: ").replace(str(case), str(less))
             for work, bench in (("token log-probs", bench_tokens), ("policy", bench_policy)):
-                result[f"{work}: {shape}"] = bench(less, device, options.repeats or REPEATS[options.device])
+                result[f"{work}: {shape}"] = bench(
+                    less, device, options.repeats or REPEATS[options.device], options.slow
+                )
         result |= bench_vectors(device, repeats, memory)
     result["marks"] = marks(result, device)
     if options.out:

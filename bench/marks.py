@@ -41,8 +41,10 @@ def _preference(part: dict[str, Any], cuda: bool) -> Iterator[Mark]:
         if name in memory and cuda:
             room = CUDA_CHUNK_BYTES + 4 * case["vocab"] * case["width"]
             yield Mark(f"{name}: extra memory, one chunk + float32 dWeight = 1", memory[name] / room, 1.1)
-        elif name in memory and memory.get("eager torch"):
-            yield Mark(f"{name}: extra memory, eager torch = 1", memory[name] / memory["eager torch"], 0.25)
+        elif name in memory and memory.get("eager torch, all rows"):
+            # the same batch without compaction, as a plain loop runs it
+            whole = memory["eager torch, all rows"]
+            yield Mark(f"{name}: extra memory, eager torch on all rows = 1", memory[name] / whole, 0.25)
 
 
 def marks(result: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:

@@ -102,4 +102,5 @@ PEERS: dict[str, Loss] = {
     "eager torch, torch.compile": compiled,
     "Liger, fused linear DPO": liger,
 } | {name: _then_dpo(tokens) for name, tokens in TOKENS.items() if name != "eager torch"}
+SLOW_ON_CPU = {"torch, chunked cross-entropy": "takes minutes on a CPU, 14 × ours in float32; --slow runs it"}
 COMPILED = frozenset({"eager torch, torch.compile"})  # those whose first run at a size is no run

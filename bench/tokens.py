@@ -116,7 +116,7 @@ def contenders(tail: Tail) -> dict[str, Loss]:
     return found
 
 
-def _bench(title: str, tail: Tail, case: HeadCase, device: torch.device, repeats: int) -> dict[str, Any]:
+def _bench(title: str, tail: Tail, case: HeadCase, device: torch.device, repeats: int, slow: bool) -> dict[str, Any]:
     print(f"\n{title}: {case.response} rows, vocabulary {case.vocab}, width {case.width}, {case.dtype}")
     floor = three_gemms(case.shape, case.dtype, device, repeats)
     print(f"  floor: three bare GEMMs, {case.shape.flops / 1e12:.3g} TFLOP in {floor:.2f} ms")
@@ -125,6 +125,9 @@ def _bench(title: str, tail: Tail, case: HeadCase, device: torch.device, repeats
     if case.dtype == torch.float32:
         del runs["ours, the head's logits"]  # the same
     left_out: dict[str, str] = {}
+    if device.type == "cpu" and not slow:
+        left_out |= peers.SLOW_ON_CPU
+        runs = {name: run for name, run in runs.items() if name not in left_out}
     timings = alternate(running(runs, left_out), device, repeats, warm=True)
     print(table("  forward and backward", timings, floor))
     return {
@@ -135,11 +138,11 @@ def _bench(title: str, tail: Tail, case: HeadCase, device: torch.device, repeats
     }
 
 
-def bench_tokens(case: HeadCase, device: torch.device, repeats: int) -> dict[str, Any]:
+def bench_tokens(case: HeadCase, device: torch.device, repeats: int, slow: bool = False) -> dict[str, Any]:
     """linear_logprobs forward and backward, whose gradients need a fourth GEMM; printed and returned."""
-    return _bench("linear_logprobs", mean_nll, case, device, repeats)
+    return _bench("linear_logprobs", mean_nll, case, device, repeats, slow)
 
 
-def bench_policy(case: HeadCase, device: torch.device, repeats: int) -> dict[str, Any]:
+def bench_policy(case: HeadCase, device: torch.device, repeats: int, slow: bool = False) -> dict[str, Any]:
     """linear_policy_loss forward and backward; printed and returned."""
-    return _bench("linear_policy_loss, GRPO with KL", grpo, case, device, repeats)
+    return _bench("linear_policy_loss, GRPO with KL", grpo, case, device, repeats, slow)
