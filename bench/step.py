@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from advgame.run.malloc import keep_freed_memory
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from advgame.game.pairs import Pair
 from advgame.learn.packing import pack
+from advgame.malloc import keep_freed_memory
 from bench.floors import HeadShape, three_gemms
 from bench.kernels import RESULTS, device_name
 from bench.peak import Peak
