@@ -2,14 +2,16 @@
 `python -m bench step [--device cuda] [--size 0.5b|7b] [--out [FILE]]`.
 
 Both start from the same weights, moving average, optimiser and sampled completions, and must find the same gradients.
-Contenders run in processes of their own, in alternating rounds. `peak` is what forward and backward take at the most,
-above weights, moments and averages. On a GPU each takes as many pairs at once as fit. Lengths: bench/step_case.py.
+Contenders run in alternating rounds, on a CPU in processes of their own. `peak` is what forward and backward take at
+the most, above weights, moments and averages. On a GPU each takes as many pairs at once as fit. Lengths and shapes:
+bench/step_case.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import shlex
 import statistics
@@ -38,6 +40,7 @@ from bench.step_ways import PUBLISHED_PARTS, WAYS, Contender, learner_of
 
 COMPARED = 1 << 22
 """Elements of a gradient that a GPU's contenders compare, evenly spread; on a CPU all of them."""
+SAMPLER = "sampler"
 GAPS = {"float32": 1e-4, "bfloat16": 5e-2}
 """What gradients may differ by: any parameter's, in float32; the whole gradient's, where bfloat16 rounds."""
 
@@ -61,7 +64,10 @@ def played(case: Case, folder: Path) -> list[Pair]:
 
 
 def contend(name: str, tasks: Sequence[str], case: Case, folder: Path, at_once: int | None) -> dict[str, Any]:
-    """What one process does with one contender: `check` (memory, gradients), `time`, or both."""
+    """What is done with one contender: `check` (memory, gradients), `time`, or both."""
+    if name == SAMPLER:
+        sampled(case, folder)
+        return {}
     pairs = played(case, folder)
     try:
         contender = Contender(name, model_of(case), case.dtype)
@@ -151,6 +157,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="processes of the published way and of ours, each")
     parser.add_argument("--steps", type=int, help="measured steps of a process (default: 1, on a GPU 3)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, help="default: all; on a GPU those of the waterfall")
+    parser.add_argument(
+        "--inside", action="store_true", help="all in this process, as on a GPU, whose allocator counts by itself"
+    )
     parser.add_argument("--launch", default="", help="a command before each timed process, such as 'numactl -N 0'")
     parser.add_argument(
         "--out", type=Path, nargs="?", const=RESULTS, help="JSON, here or as bench/results/step-<size>-<device>-<date>"
@@ -162,9 +171,6 @@ def main(arguments: list[str]) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.child:
         case = Case(**json.loads((chosen.folder / "case.json").read_text()))
-        if chosen.child == "sampler":
-            sampled(case, chosen.folder)
-            return 0
         print(json.dumps(contend(chosen.child, chosen.task, case, chosen.folder, chosen.at_once)))
         return 0
 
@@ -177,7 +183,8 @@ def main(arguments: list[str]) -> int:
     )  # fmt: skip
     ways = chosen.ways or [name for name in WAYS if not gpu or name != PUBLISHED_PARTS]
     with tempfile.TemporaryDirectory() as made:
-        result = measure(case, Path(made), ways, chosen.rounds, shlex.split(chosen.launch))
+        launch = None if gpu or chosen.inside else shlex.split(chosen.launch)
+        result = measure(case, Path(made), ways, chosen.rounds, launch)
     print(report(result))
     if chosen.out is not None:
         name = "-".join([*(device_name(device).split() if gpu else ["cpu"]), result["date"]])
@@ -186,25 +193,42 @@ def main(arguments: list[str]) -> int:
     return 0 if result["equal_gradients"] else 1
 
 
-def measure(case: Case, folder: Path, ways: Sequence[str], rounds: int, launch: Sequence[str]) -> dict[str, Any]:
-    """Runs all processes; returns what goes into the file."""
+def measure(case: Case, folder: Path, ways: Sequence[str], rounds: int, launch: Sequence[str] | None) -> dict[str, Any]:
+    """Runs everybody; returns what goes into the file. launch: what timed processes start with; None: no processes."""
     (folder / "case.json").write_text(json.dumps(asdict(case)))
 
     def run(name: str, *tasks: str, at_once: int | None = None) -> dict[str, Any]:
-        command = [sys.executable, "-m", "bench", "step", "--child", name, "--folder", str(folder), "--task", *tasks]
-        command += [] if at_once is None else ["--at-once", str(at_once)]
-        command = [*launch, *command] if "time" in tasks else command
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1]) if name != "sampler" else {}
+        if launch is None:
+            result = contend(name, tasks, case, folder, at_once)
+            gc.collect()
+            if case.gpu:
+                torch.cuda.empty_cache()
+        else:
+            command = [
+                sys.executable,
+                "-m",
+                "bench",
+                "step",
+                "--child",
+                name,
+                "--folder",
+                str(folder),
+                "--task",
+                *tasks,
+            ]
+            command += [] if at_once is None else ["--at-once", str(at_once)]
+            command = [*launch, *command] if "time" in tasks else command
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            result = json.loads(done.stdout.splitlines()[-1])
         print(f"{name}, {' '.join(tasks)}: {result}", file=sys.stderr, flush=True)
         return result
 
-    run("sampler", "check")
-    # memory of a CPU's process is only its own: there the timed ones come after, each on its own
-    found = {name: run(name, *(("check", "time") if case.gpu else ("check",))) for name in ways}
+    run(SAMPLER, "check")
+    # a process's peak of memory is that of all it did: there the timed ones come after, each on its own
+    found = {name: run(name, *(("check", "time") if launch is None else ("check",))) for name in ways}
     fitting = [name for name in ways if "too_large" not in found[name]]
     seconds: dict[str, list[float]] = {name: list(found[name].get("seconds", ())) for name in fitting}
-    for number in range(1 if case.gpu else 0, rounds):
+    for number in range(1 if launch is None else 0, rounds):
         for name in fitting:
             if number == 0 or name in ("published", "ours"):
                 seconds[name] += run(name, "time", at_once=found[name]["at_once"])["seconds"]

@@ -89,13 +89,16 @@ def test_layers_leave_room():
     assert [layers_that_fit("7b", n * 2**30) for n in (1, 80, 139, 10_000)] == [1, 2, 8, 28]
 
 
-@pytest.mark.slow
-def test_the_command(tmp_path, capsys):
+@pytest.mark.parametrize("how", ["inside", pytest.param("processes", marks=pytest.mark.slow)])
+def test_the_command(tmp_path, capsys, how):
+    """Inside one process is how a GPU is measured, in processes a CPU."""
     target = tmp_path / "step.json"
-    words = ["--size", "tiny", "--ways", "published", "ours", "--rounds", "1", "--pairs", "2", "--out", str(target)]
-    assert step.main(words) == 0
+    ways = ["published", "response rows only", "ours"] if how == "inside" else ["published", "ours"]
+    words = ["--size", "tiny", "--ways", *ways, "--rounds", "2", "--pairs", "2", "--out", str(target)]
+    assert step.main([*words, *(["--inside"] if how == "inside" else [])]) == 0
     result = json.loads(target.read_text())
     assert result["equal_gradients"]
     assert {"times_as_fast", "share_of_peak", "gemm_flops_per_second", "lengths", "seed"} <= result.keys()
+    assert list(result["ways"]) == ways
     assert {"utilisation", "tokens_per_second", "peak_bytes"} <= result["ways"]["ours"].keys()
     assert "times as fast as published" in capsys.readouterr().out
