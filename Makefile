@@ -32,11 +32,13 @@ docs: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench kernels
 
-# On a machine whose own Python has torch with CUDA and triton: correctness on the card, then every kernel benchmark.
+# On a machine whose own Python has torch with CUDA and triton: correctness on the card, then every benchmark for one.
 bench-gpu:
 	PYTHONPATH=.:kernels python3 -m bench kernels --device cuda --check --out bench/results
 	PYTHONPATH=.:kernels python3 -m bench ema --device cuda --out
 	PYTHONPATH=.:kernels python3 -m bench publish --device cuda --out
+	PYTHONPATH=.:kernels PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True python3 -m bench step --device cuda --size 7b --rounds 2 --out
+	PYTHONPATH=.:kernels PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True python3 -m bench step --device cuda --size 0.5b --rounds 2 --ways published ours --out
 
 SETUP := pyproject.toml setup.py constraints.txt scripts/setup.sh $(wildcard csrc/*)
 

@@ -11,14 +11,15 @@ import torch
 
 
 class Peak:
-    """`with Peak(device) as peak: ...`; afterwards `peak.bytes`: of the GPU's allocator, or of this process.
+    """`with Peak(device) as peak: ...`; afterwards `peak.bytes`: of the GPU's allocator, or of this process; and
+    `peak.whole`: what was there before included.
 
     A process's peak is the kernel's own count, set back at the start (Linux), so that nothing between two looks is
     missed; memory that malloc keeps for later is given back first.
     """
 
     def __init__(self, device: torch.device):
-        self.bytes = 0
+        self.bytes = self.whole = 0
         self._gpu = device.type == "cuda"
         self._before = 0
 
@@ -35,8 +36,8 @@ class Peak:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        now = torch.cuda.max_memory_allocated() if self._gpu else _kilobytes("VmHWM") * 1024
-        self.bytes = now - self._before
+        self.whole = torch.cuda.max_memory_allocated() if self._gpu else _kilobytes("VmHWM") * 1024
+        self.bytes = self.whole - self._before
 
 
 def _kilobytes(name: str) -> int:

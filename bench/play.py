@@ -3,8 +3,9 @@
 The rival plays as published: all attacks of the batch, then all faithfulness verdicts, then all responses, then all
 verdicts of the Defender's judge, then those of the Attacker's; each stage waits for its slowest request. Attacker,
 Defender and judge are an engine each, or one together (`--engines 1`). Random weights end nowhere, so every request is
-given its length: log-normal, drawn from its key, the same for both contenders. Lengths are a quarter of real ones, and
-so are the words of the templates. The judge's verdict is a hash of the tokens that its engine made.
+given its length: log-normal, drawn from its key, the same for both contenders; the Attacker's prompts are normal.
+Lengths are a quarter of real ones (prompts 300 ± 80 tokens, completions median 300, sigma 0.6, cut at 2048), and so are
+the words of the templates. The judge's verdict is a hash of the tokens that its engine made.
 
 A third contender carries late trees over (`run.carry_over`): a batch begins when three quarters of the one before, and
 all of those before that, have ended; the batches of all rounds follow one another, and all trees are waited for.
@@ -15,133 +16,43 @@ from __future__ import annotations
 import argparse
 import asyncio
 import datetime
-import hashlib
 import json
-import math
-import random
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from advgame.game.judge import Key
 from advgame.game.play import PlayRules, Table, play_batch
 from advgame.game.prompts import Templates
-from advgame.game.tree import Attack, Category, Rubric, Sample, Seed, Tree
+from advgame.game.tree import Tree
 from advgame.rollout import vllm_start
-from advgame.rollout.engine import Request, Sampling, stream_seed
+from advgame.rollout.engine import Sampling
 from advgame.rollout.settings import VllmSettings
 from advgame.rollout.speaker import Speaker
 from advgame.rollout.vllm_engine import VllmEngine
 from bench.kernels import device_name
+from bench.play_cast import (
+    DEVIATION,
+    PROMPT,
+    SEED,
+    Given,
+    HashJudge,
+    Lengths,
+    Words,
+    model_folder,
+    seeds_of,
+    without_logprobs,
+)
 from bench.stages import play_stages
 
-VOCABULARY, SEED = 256, 0
 ROLES = ("attacker", "defender", "judge")
 LATE = 0.25
 BARRED, FREE, CARRIED = "stage by stage", "no barriers", "… late ones carried over"
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Log-normal tokens of a completion, cut at `most`."""
-
-    median: float
-    sigma: float
-    most: int
-
-    def of(self, key: Key) -> int:
-        drawn = random.Random(f"length {SEED} {key}").gauss(math.log(self.median), self.sigma)
-        return max(1, min(self.most, round(math.exp(drawn))))
-
-
-class Given:
-    """An engine whose requests run exactly as long as `lengths` says, and then count as ended by themselves."""
-
-    version = 0
-
-    def __init__(self, engine: VllmEngine, lengths: Lengths):
-        self.engine, self.lengths = engine, lengths
-
-    async def generate(self, request: Request) -> Sample:
-        sampling = replace(request.sampling, max_tokens=self.lengths.of(request.key))
-        return replace(await self.engine.generate(replace(request, sampling=sampling)), finish_reason="stop")
-
-
-class Words:
-    """A chat format: numbers are token ids; of the other words (templates) every fourth is one, by its hash."""
-
-    def __init__(self, frame: str = "{}"):
-        self.frame = frame
-
-    def prompt_ids(self, user: str) -> tuple[int, ...]:
-        ids = []
-        for place, word in enumerate(user.split()):
-            if word.isdigit():
-                ids.append(int(word) % VOCABULARY)
-            elif place % 4 == 0:
-                ids.append(_hash(word) % VOCABULARY)
-        return tuple(ids)
-
-    def text(self, token_ids: Sequence[int]) -> str:
-        return self.frame.format(" ".join(map(str, token_ids)))
-
-
-class HashJudge:
-    """Asks its engine in the words of the templates, waits for the tokens, and reads a verdict out of their hash."""
-
-    def __init__(self, speaker: Speaker, templates: Templates):
-        self.speaker, self.templates = speaker, templates
-
-    async def faithful(self, seed: Seed, prompt: str, *, key: Key) -> bool | None:
-        return (await self._number(self.templates.faithful(seed, prompt), key)) % 10 > 0
-
-    async def compare(self, rubric: Rubric, query: str, a: str, b: str, *, key: Key) -> tuple[float, float] | None:
-        number = await self._number(self.templates.pair(rubric, query, a, b), key)
-        return number % 11 / 1.0, number // 11 % 11 / 1.0
-
-    async def score(self, rubric: Rubric, query: str, answer: str, *, key: Key) -> float | None:
-        return (await self._number(self.templates.point(rubric, query, answer), key)) % 11 / 1.0
-
-    async def _number(self, text: str, key: Key) -> int:
-        _, said = await self.speaker.ask(text, key)
-        return _hash(said)
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little")
-
-
-def without_logprobs(tree: Tree) -> Tree:
-    """What must be equal: tokens, verdicts, structure. Log-probs round as the batch happened to be."""
-
-    def bare(sample: Sample | None) -> Sample | None:
-        return None if sample is None else replace(sample, logprobs=())
-
-    def attack(one: Attack) -> Attack:
-        responses = tuple(replace(r, sample=bare(r.sample)) for r in one.responses)
-        return replace(one, sample=bare(one.sample), responses=responses)
-
-    return replace(tree, attacks=tuple(map(attack, tree.attacks)))
-
-
-def model_folder(folder: Path, positions: int) -> Path:
-    """A random Qwen2 of 0.1 M parameters, saved: a forward costs about the same for one sequence and for many, as a
-    decoding step of a large model on a GPU does, which reads all weights for either."""
-    config = AutoConfig.for_model(
-        "qwen2", vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=positions, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(SEED)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
 
 
 async def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -167,10 +78,7 @@ async def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         speakers["attacker"], speakers["defender"], HashJudge(speakers["judge"], templates), templates,
         PlayRules(attacks=options.attacks, responses=options.responses),
     )  # fmt: skip
-    seeds = [
-        Seed(str(i), tuple(Category)[i % 2], " ".join(str(stream_seed(SEED, (i, w)) % VOCABULARY) for w in range(24)))
-        for i in range(options.seeds)
-    ]
+    seeds = seeds_of(options.seeds, templates)
 
     async def free(step: int) -> list[Tree]:
         return await play_batch(table, seeds, step, in_flight=len(seeds))
@@ -289,8 +197,9 @@ def main(arguments: list[str]) -> int:
     name = device_name(torch.device("cpu"))
     print(f"{name}, vLLM {version}, torch {torch.__version__}; engines of one thread: {options.engines}")
     print(
-        f"{options.seeds} seeds, A = {options.attacks}, D = {options.responses}; lengths log-normal, sigma 0.6, "
-        f"median {options.median:g} (judge {options.judge_median:g}), cut {options.cut}, seed {SEED}; "
+        f"{options.seeds} seeds, A = {options.attacks}, D = {options.responses}; prompts normal, mean {PROMPT:g}, "
+        f"deviation {DEVIATION:g}; completions log-normal, sigma 0.6, median {options.median:g} "
+        f"(judge {options.judge_median:g}), cut {options.cut}, seed {SEED}; "
         f"at most {options.max_sequences} sequences an engine"
     )
     report(result)

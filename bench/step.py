@@ -1,18 +1,18 @@
 """A training step of one player, ours against the published way, and what each change between them saves:
-`python -m bench step [--device cuda] [--size 0.5b|7b] [--out FILE]`.
+`python -m bench step [--device cuda] [--size 0.5b|7b] [--out [FILE]]`.
 
 Both start from the same weights, moving average, optimiser and sampled completions, and must find the same gradients.
-Every contender runs in processes of its own, in alternating rounds; memory is the peak of forward and backward above
-what weights, moments and averages take. Lengths are drawn as stated below, a quarter of them on a CPU.
+Contenders run in alternating rounds, on a CPU in processes of their own. `peak` is what forward and backward take at
+the most, above weights, moments and averages. On a GPU each takes as many pairs at once as fit. Lengths and shapes:
+bench/step_case.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
-import math
-import random
 import shlex
 import statistics
 import subprocess
@@ -20,269 +20,281 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from advgame.run.malloc import keep_freed_memory
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from advgame.game.pairs import Pair
-from advgame.game.tree import Sample
 from advgame.learn.packing import pack
+from advgame.malloc import keep_freed_memory
 from bench.floors import HeadShape, three_gemms
-from bench.kernels import device_name
+from bench.kernels import RESULTS, device_name
 from bench.peak import Peak
-from bench.step_ways import WAYS, Contender, learner_of
+from bench.step_case import SEED, SHAPES, Case, layers_that_fit, model_of, pairs_of, useful_flops
+from bench.step_ways import PUBLISHED_PARTS, WAYS, Contender, learner_of
 
-SHAPES = {
-    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2,
-             "vocab_size": 151936, "tie_word_embeddings": True},
-    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4,
-           "vocab_size": 152064, "tie_word_embeddings": False},
-}  # fmt: skip
-"""Qwen2.5's shapes, less their depth."""
-
-SEED = 20251220
-LENGTHS = "prompts normal, mean 300, deviation 80; completions log-normal, median 300, sigma 0.6, at most 2048"
-STATE_BYTES = 4 * 7 + 2
-"""A parameter's weight, two moments, average, initial copy, gradient and gradient under way; its bf16 copy."""
+COMPARED = 1 << 22
+"""Elements of a gradient that a GPU's contenders compare, evenly spread; on a CPU all of them."""
+SAMPLER = "sampler"
+GAPS = {"float32": 1e-4, "bfloat16": 5e-2}
+"""What gradients may differ by: any parameter's, in float32; the whole gradient's, where bfloat16 rounds."""
 
 
-def pairs_of(count: int, vocab: int, quarter: bool) -> list[Pair]:
-    """Random tokens of the stated lengths; chosen and rejected share their prompt."""
-    draw = random.Random(SEED)
-    part = 4 if quarter else 1
-
-    def ids(length: float) -> tuple[int, ...]:
-        return tuple(draw.randrange(vocab) for _ in range(max(2, round(length / part))))
-
-    def completion(prompt: tuple[int, ...]) -> Sample:
-        tokens = ids(min(2048.0, math.exp(draw.gauss(math.log(300), 0.6))))
-        return Sample(prompt, tokens, (0.0,) * len(tokens), "stop", 0)
-
-    made = []
-    for i in range(count):
-        prompt = ids(max(16.0, draw.gauss(300, 80)))
-        made.append(Pair(completion(prompt), completion(prompt), 1.0, 0.0, str(i)))
-    return made
+def sampled(case: Case, folder: Path) -> None:
+    """Writes the sampler's log-probs of all completions, from the moving average."""
+    learner = learner_of(model_of(case), case.dtype)
+    device = learner.model.device
+    samples = [s for pair in pairs_of(case) for s in (pair.chosen, pair.rejected)]
+    logps = [learner._reference_logps(pack([s], device), learner.shadow).tolist() for s in samples]
+    (folder / "logps.json").write_text(json.dumps(logps))
 
 
-def config_of(spec: Mapping[str, Any]) -> Qwen2Config:
-    return Qwen2Config(**SHAPES[spec["size"]], num_hidden_layers=spec["layers"], max_position_embeddings=32768)
-
-
-def model_of(spec: Mapping[str, Any]) -> Qwen2ForCausalLM:
-    """The same random weights in every process."""
-    torch.manual_seed(0)
-    with torch.device(spec["device"]):
-        return Qwen2ForCausalLM(config_of(spec)).eval()
-
-
-def child(name: str, task: str, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What one process does with one contender."""
-    device = torch.device(spec["device"])
-    pairs = pairs_of(spec["pairs"], SHAPES[spec["size"]]["vocab_size"], device.type == "cpu")
-    model = model_of(spec)
-    if name == "sampler":
-        learner = learner_of(model, spec["dtype"])
-        samples = [s for pair in pairs for s in (pair.chosen, pair.rejected)]
-        logps = [learner._reference_logps(pack([s], device), learner.shadow).tolist() for s in samples]
-        (folder / "logps.json").write_text(json.dumps(logps))
-        return {}
+def played(case: Case, folder: Path) -> list[Pair]:
+    """The pairs with the sampler's log-probs."""
     logps = iter(json.loads((folder / "logps.json").read_text()))
-    pairs = [
+    return [
         replace(p, chosen=replace(p.chosen, logprobs=next(logps)), rejected=replace(p.rejected, logprobs=next(logps)))
-        for p in pairs
+        for p in pairs_of(case)
     ]
+
+
+def contend(name: str, tasks: Sequence[str], case: Case, folder: Path, at_once: int | None) -> dict[str, Any]:
+    """What is done with one contender: `check` (memory, gradients), `time`, or both."""
+    if name == SAMPLER:
+        sampled(case, folder)
+        return {}
+    pairs = played(case, folder)
     try:
-        contender = Contender(name, model, spec["dtype"])
+        contender = Contender(name, model_of(case), case.dtype)
+        contender.at_once = at_once or contender.at_once
         contender.warm_optimizer()
-        keep_freed_memory()  # as a run does: else every large tensor faults its pages in anew
-        return timed(contender, pairs, spec["steps"]) if task == "time" else checked(contender, pairs, folder)
     except torch.OutOfMemoryError:
         return {"too_large": True}
+    keep_freed_memory()  # as a run does: else every large tensor faults its pages in anew
+    result: dict[str, Any] = {}
+    if "check" in tasks:
+        found = checked(contender, pairs, folder)
+        if found is None:
+            return {"too_large": True}
+        result |= found
+    return result | timed(contender, pairs, case) if "time" in tasks else result
 
 
-def checked(contender: Contender, pairs: Sequence[Pair], folder: Path) -> dict[str, Any]:
-    """The peak of forward and backward (AdamW works in place), and the gradients compared."""
-    with Peak(contender.model.device) as peak:
-        gradients = contender.gradients(pairs)
-    return {"peak": peak.bytes, "gap": compare(gradients, folder / "gradients.safetensors")}
+def checked(contender: Contender, pairs: Sequence[Pair], folder: Path) -> dict[str, Any] | None:
+    """The peak of forward and backward (AdamW works in place), and the gradients compared.
+
+    A batch that does not fit is halved until it does; None: not even a pair fits.
+    """
+    contender.at_once = contender.at_once or len(pairs)
+    while True:
+        try:
+            with Peak(contender.model.device) as peak:
+                gradients = contender.gradients(pairs)
+            break
+        except torch.OutOfMemoryError:
+            pass  # here the failed step's tensors are gone
+        contender.forget()
+        if contender.at_once == 1:
+            return None
+        contender.at_once = (contender.at_once + 1) // 2
+    result = {"peak": peak.bytes, "whole": peak.whole, "at_once": contender.at_once}
+    result |= compare(gradients, folder / "gradients.safetensors")
+    contender.forget()
+    return result
 
 
-def timed(contender: Contender, pairs: Sequence[Pair], steps: int) -> dict[str, Any]:
-    """Seconds of whole steps, after one on two pairs."""
-    contender.step(pairs[:2])
+def timed(contender: Contender, pairs: Sequence[Pair], case: Case) -> dict[str, Any]:
+    """Seconds of whole steps, after one on two pairs (on a GPU on all: kernels are chosen and compiled by shape)."""
+    contender.step(pairs if case.gpu else pairs[:2])
     seconds = []
-    for _ in range(steps):
+    for _ in range(case.steps):
+        if case.gpu:
+            torch.cuda.synchronize()
         start = time.perf_counter()
         contender.step(pairs)
-        if contender.model.device.type == "cuda":
+        if case.gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return {"seconds": seconds}
 
 
-def compare(gradients: Mapping[str, Tensor], file: Path) -> float:
-    """Largest relative distance of any parameter's gradient from the first contender's, which keeps its own."""
+def compare(gradients: Mapping[str, Tensor], file: Path) -> dict[str, float]:
+    """Relative distance from the first contender's gradients, which it keeps: the largest of any parameter (`gap`) and
+    that of all together (`whole_gap`)."""
+
+    def part(gradient: Tensor) -> Tensor:
+        flat = gradient.detach().flatten()
+        return flat[:: -(-len(flat) // COMPARED)] if flat.is_cuda else flat
+
+    parts = {name: part(gradient) for name, gradient in gradients.items()}
     if not file.exists():
-        save_file({n: g.detach().cpu().contiguous() for n, g in gradients.items()}, file)
-        return 0.0
+        save_file({name: taken.cpu().contiguous() for name, taken in parts.items()}, file)
+        return {"gap": 0.0, "whole_gap": 0.0}
     with safe_open(file, framework="pt") as kept:
         assert set(kept.keys()) == set(gradients)
-        gaps = []
-        for name, gradient in gradients.items():
-            theirs = kept.get_tensor(name).to(gradient.device)
-            gaps.append(float((gradient - theirs).norm() / theirs.norm()))
-    return max(gaps)
-
-
-def useful_flops(spec: Mapping[str, Any], pairs: Sequence[Pair]) -> float:
-    """Forward and backward of what has to be computed: each prompt once, response rows in the head, no reference."""
-    config = config_of(spec)
-    width, head = config.hidden_size, config.hidden_size // config.num_attention_heads
-    layer = width * (2 * width + 2 * head * config.num_key_value_heads) + 3 * width * config.intermediate_size
-    tokens = rows = seen = 0
-    for pair in pairs:
-        batch = pack([pair.chosen, pair.rejected], share=True)
-        tokens, rows = tokens + batch.tokens, rows + len(batch.labels)
-        seen += sum(s.length * s.shared + s.length * (s.length + 1) // 2 for s in batch.spans)
-    attention = 4 * width * seen
-    return 3.0 * (config.num_hidden_layers * (2 * tokens * layer + attention) + 2 * rows * width * config.vocab_size)
-
-
-def layers_that_fit(size: str, device: torch.device, most: int = 28) -> int:
-    """Layers whose state leaves half of the GPU's memory to the steps themselves."""
-    config = config_of({"size": size, "layers": 1})
-    with torch.device("meta"):
-        model = Qwen2ForCausalLM(config)
-    whole = sum(p.numel() for p in model.parameters())
-    layer = sum(p.numel() for p in model.model.layers[0].parameters())
-    room = 0.5 * torch.cuda.mem_get_info(device)[1] / STATE_BYTES
-    return max(1, min(most, int((room - (whole - layer)) // layer)))
+        sizes, gaps = [], []
+        for name, taken in parts.items():
+            theirs = kept.get_tensor(name).to(taken.device)
+            sizes.append(float(theirs.norm()))
+            gaps.append(float((taken - theirs).norm()))
+    whole = sum(gap**2 for gap in gaps) ** 0.5 / sum(size**2 for size in sizes) ** 0.5
+    return {"gap": max(gap / size for gap, size in zip(gaps, sizes, strict=True)), "whole_gap": whole}
 
 
 def main(arguments: list[str]) -> int:
+    """Command line; prints the table, writes JSON with `--out`. Exit code 1: somebody found other gradients."""
     parser = argparse.ArgumentParser(prog="python -m bench step", description=__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", choices=SHAPES, default="0.5b", help="width, heads and vocabulary")
     parser.add_argument("--layers", type=int, help="depth (default: 2 on a CPU, as many as fit on a GPU)")
     parser.add_argument("--pairs", type=int, help="default: 4 on a CPU, 16 on a GPU")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute (default: bfloat16 on a GPU)")
+    parser.add_argument("--dtype", choices=GAPS, help="compute (default: bfloat16 on a GPU)")
     parser.add_argument("--rounds", type=int, default=3, help="processes of the published way and of ours, each")
-    parser.add_argument("--steps", type=int, default=1, help="measured steps of a process")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--steps", type=int, help="measured steps of a process (default: 1, on a GPU 3)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, help="default: all; on a GPU those of the waterfall")
+    parser.add_argument(
+        "--inside", action="store_true", help="all in this process, as on a GPU, whose allocator counts by itself"
+    )
     parser.add_argument("--launch", default="", help="a command before each timed process, such as 'numactl -N 0'")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--out", type=Path, nargs="?", const=RESULTS, help="JSON, here or as bench/results/step-<size>-<device>-<date>"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--task", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--task", nargs="+", default=[], help=argparse.SUPPRESS)
+    parser.add_argument("--at-once", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.child:
-        spec = json.loads((chosen.folder / "spec.json").read_text())
-        print(json.dumps(child(chosen.child, chosen.task, spec, chosen.folder)))
+        case = Case(**json.loads((chosen.folder / "case.json").read_text()))
+        print(json.dumps(contend(chosen.child, chosen.task, case, chosen.folder, chosen.at_once)))
         return 0
 
     device = torch.device(chosen.device)
     gpu = device.type == "cuda"
-    spec = {
-        "device": chosen.device, "size": chosen.size, "steps": chosen.steps,
-        "pairs": chosen.pairs or (16 if gpu else 4),
-        "layers": chosen.layers or (layers_that_fit(chosen.size, device) if gpu else 2),
-        "dtype": chosen.dtype or ("bfloat16" if gpu else "float32"),
-    }  # fmt: skip
+    fitting = layers_that_fit(chosen.size, torch.cuda.mem_get_info(device)[1]) if gpu else 2
+    case = Case(
+        chosen.device, chosen.size, chosen.layers or fitting, chosen.pairs or (16 if gpu else 4),
+        chosen.dtype or ("bfloat16" if gpu else "float32"), chosen.steps or (3 if gpu else 1),
+    )  # fmt: skip
+    ways = chosen.ways or [name for name in WAYS if not gpu or name != PUBLISHED_PARTS]
     with tempfile.TemporaryDirectory() as made:
-        result = measure(spec, Path(made), chosen.ways, chosen.rounds, shlex.split(chosen.launch))
+        launch = None if gpu or chosen.inside else shlex.split(chosen.launch)
+        result = measure(case, Path(made), ways, chosen.rounds, launch)
+    print(report(result))
     if chosen.out is not None:
-        chosen.out.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+        name = "-".join([*(device_name(device).split() if gpu else ["cpu"]), result["date"]])
+        target = chosen.out / f"step-{chosen.size}-{name}.json" if chosen.out.is_dir() else chosen.out
+        target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0 if result["equal_gradients"] else 1
 
 
-def measure(
-    spec: dict[str, Any], folder: Path, ways: Sequence[str], rounds: int, launch: Sequence[str]
-) -> dict[str, Any]:
-    """Runs all processes, prints the table, returns what goes into the file."""
-    (folder / "spec.json").write_text(json.dumps(spec))
+def measure(case: Case, folder: Path, ways: Sequence[str], rounds: int, launch: Sequence[str] | None) -> dict[str, Any]:
+    """Runs everybody; returns what goes into the file. launch: what timed processes start with; None: no processes."""
+    (folder / "case.json").write_text(json.dumps(asdict(case)))
 
-    def run(name: str, task: str) -> dict[str, Any]:
-        command = [sys.executable, "-m", "bench", "step", "--child", name, "--task", task, "--folder", str(folder)]
-        done = subprocess.run(
-            [*launch, *command] if task == "time" else command, stdout=subprocess.PIPE, text=True, check=True
-        )
-        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        print(f"{name}, {task}: {result}", file=sys.stderr, flush=True)
+    def run(name: str, *tasks: str, at_once: int | None = None) -> dict[str, Any]:
+        if launch is None:
+            result = contend(name, tasks, case, folder, at_once)
+            gc.collect()
+            if case.gpu:
+                torch.cuda.empty_cache()
+        else:
+            command = [
+                sys.executable,
+                "-m",
+                "bench",
+                "step",
+                "--child",
+                name,
+                "--folder",
+                str(folder),
+                "--task",
+                *tasks,
+            ]
+            command += [] if at_once is None else ["--at-once", str(at_once)]
+            command = [*launch, *command] if "time" in tasks else command
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            result = json.loads(done.stdout.splitlines()[-1])
+        print(f"{name}, {' '.join(tasks)}: {result}", file=sys.stderr, flush=True)
         return result
 
-    run("sampler", "check")
-    checks = {name: run(name, "check") for name in ways}
-    fitting = [name for name in ways if "too_large" not in checks[name]]
-    seconds: dict[str, list[float]] = {name: [] for name in fitting}
-    for number in range(rounds):
+    run(SAMPLER, "check")
+    # a process's peak of memory is that of all it did: there the timed ones come after, each on its own
+    found = {name: run(name, *(("check", "time") if launch is None else ("check",))) for name in ways}
+    fitting = [name for name in ways if "too_large" not in found[name]]
+    seconds: dict[str, list[float]] = {name: list(found[name].get("seconds", ())) for name in fitting}
+    for number in range(1 if launch is None else 0, rounds):
         for name in fitting:
             if number == 0 or name in ("published", "ours"):
-                seconds[name] += run(name, "time")["seconds"]
+                seconds[name] += run(name, "time", at_once=found[name]["at_once"])["seconds"]
 
-    device = torch.device(spec["device"])
-    config = config_of(spec)
-    shape = HeadShape(4096 if device.type == "cuda" else 256, config.vocab_size, config.hidden_size)
-    rate = shape.flops / (three_gemms(shape, getattr(torch, spec["dtype"]), device, 3) / 1e3)
-    pairs = pairs_of(spec["pairs"], config.vocab_size, device.type == "cpu")
+    device, config = torch.device(case.device), case.config
+    shape = HeadShape(4096 if case.gpu else 256, config.vocab_size, config.hidden_size)
+    rate = shape.flops / (three_gemms(shape, getattr(torch, case.dtype), device, 3) / 1e3)
+    pairs = pairs_of(case)
     samples = [s for pair in pairs for s in (pair.chosen, pair.rejected)]
     tokens = sum(len(s.prompt_ids) + len(s.token_ids) for s in samples)
-    flops = useful_flops(spec, pairs)
+    flops = useful_flops(case, pairs)
     table: dict[str, dict[str, float]] = {}
     for name in fitting:
         middle = statistics.median(seconds[name])
+        own = found[name]
         table[name] = {
-            "seconds": middle, "least": min(seconds[name]), "most": max(seconds[name]),
+            "seconds": middle, "least": min(seconds[name]), "most": max(seconds[name]), "at_once": own["at_once"],
             "tokens_per_second": tokens / middle, "utilisation": flops / middle / rate,
-            "peak_bytes": checks[name]["peak"], "gradient_gap": checks[name]["gap"],
+            "peak_bytes": own["peak"], "whole_peak_bytes": own["whole"],
+            "gradient_gap": own["gap"], "whole_gradient_gap": own["whole_gap"],
         }  # fmt: skip
-    for name in sorted(set(ways) - set(fitting)):
-        print(f"{name}: does not fit into memory")
     result = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "device": device_name(device),
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "spec": spec, "seed": SEED,
-        "lengths": LENGTHS + (", a quarter of each" if device.type == "cpu" else ""),
-        "prompt_tokens": sum(len(p.chosen.prompt_ids) for p in pairs),
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "case": asdict(case), "seed": SEED,
+        "lengths": case.lengths, "prompt_tokens": sum(len(p.chosen.prompt_ids) for p in pairs),
         "response_tokens": sum(len(s.token_ids) for s in samples),
         "gemm_flops_per_second": rate, "useful_flops": flops, "ways": table,
+        "too_large": [name for name in ways if name not in fitting],
     }  # fmt: skip
-    print(report(result))
-    limit = 1e-4 if spec["dtype"] == "float32" else 5e-2
-    worst = max(row["gradient_gap"] for row in table.values())
-    assert worst <= limit, f"gradients differ by {worst:.1e} of their size, more than {limit:.0e}"
+    kind = "gradient_gap" if case.dtype == "float32" else "whole_gradient_gap"
+    result["equal_gradients"] = max((row[kind] for row in table.values()), default=0.0) <= GAPS[case.dtype]
+    if {"published", "ours"} <= set(table):
+        published, ours = table["published"], table["ours"]
+        result["times_as_fast"] = published["seconds"] / ours["seconds"]
+        result["share_of_peak"] = ours["peak_bytes"] / published["peak_bytes"]
+        result["share_of_whole_peak"] = ours["whole_peak_bytes"] / published["whole_peak_bytes"]
     return result
 
 
 def report(result: Mapping[str, Any]) -> str:
     """The result as a waterfall: each line has one change more than the line above it."""
-    spec, ways = result["spec"], result["ways"]
+    case, ways = result["case"], result["ways"]
     lines = [
         f"{result['device']}, {result['threads']} threads, torch {result['torch']}",
-        f"{spec['size']}-shaped, {spec['layers']} layers, {spec['dtype']}; {spec['pairs']} pairs, "
+        f"{case['size']}-shaped, {case['layers']} layers, {case['dtype']}; {case['pairs']} pairs, "
         f"{result['prompt_tokens']} prompt and {result['response_tokens']} response tokens; {result['lengths']}, "
         f"seed {result['seed']}",
         f"GEMM rate {result['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s, a step needs "
-        f"{result['useful_flops'] / 1e12:.2f} TFLOP",
-        f"  {'':30}{'s':>8}{'saved':>8}{'tokens/s':>10}{'MFU':>6}{'peak MiB':>10}{'gradient gap':>14}",
+        f"{result['useful_flops'] / 1e12:.3g} TFLOP",
+        f"  {'':30}{'at once':>8}{'s':>9}{'saved':>9}{'tokens/s':>10}{'MFU':>6}{'peak MiB':>10}{'gradient gap':>14}",
     ]
     before = None
     for name, row in ways.items():
         alone = before is None or name.startswith("published")
-        saved = "" if alone or before is None else f"{before - row['seconds']:.2f}"
+        saved = "" if alone or before is None else f"{before - row['seconds']:.3f}"
         before = row["seconds"]
         lines.append(
-            f"  {name:30}{row['seconds']:8.2f}{saved:>8}{row['tokens_per_second']:10.1f}{row['utilisation']:6.0%}"
-            f"{row['peak_bytes'] / 2**20:10.0f}{row['gradient_gap']:14.1e}"
+            f"  {name:30}{row['at_once']:8}{row['seconds']:9.3f}{saved:>9}{row['tokens_per_second']:10.1f}"
+            f"{row['utilisation']:6.0%}{row['peak_bytes'] / 2**20:10.0f}{row['gradient_gap']:14.1e}"
         )
-    if {"published", "ours"} <= set(ways):
-        faster = ways["published"]["seconds"] / ways["ours"]["seconds"]
-        less = ways["ours"]["peak_bytes"] / ways["published"]["peak_bytes"]
-        lines.append(f"ours: {faster:.2f} times as fast as published, {less:.3f} of its peak memory")
+    lines += [f"  {name}: does not fit into memory" for name in result["too_large"]]
+    if "times_as_fast" in result:
+        lines.append(
+            f"ours: {result['times_as_fast']:.2f} times as fast as published, {result['share_of_peak']:.3f} of its "
+            f"peak memory ({result['share_of_whole_peak']:.3f} with weights, moments and averages)"
+        )
+    if not result["equal_gradients"]:
+        lines.append(f"GRADIENTS DIFFER by more than {GAPS[case['dtype']]:.0e} of their size")
     return "\n".join(lines)

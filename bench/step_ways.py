@@ -24,6 +24,7 @@ from advgame.game.pairs import Pair
 from advgame.game.tree import Sample
 from advgame.learn.attention import packed_hidden
 from advgame.learn.learner import Learner
+from advgame.learn.micro import packed_tokens
 from advgame.learn.packing import PackedBatch, pack
 from advgame.learn.reference import weights_of
 
@@ -55,10 +56,11 @@ def _one_after_another() -> dict[str, Way | None]:
         way = replace(way, **change)  # type: ignore[arg-type]
         made[name] = way
     made["ours"] = None  # and one norm pass, moving average and copy in one pass: the learner itself
-    made["published, 2 pairs at a time"] = Way(micro_pairs=2)
+    made[PUBLISHED_PARTS] = Way(micro_pairs=2)
     return made
 
 
+PUBLISHED_PARTS = "published, 2 pairs at a time"
 WAYS = _one_after_another()
 
 
@@ -75,10 +77,14 @@ def learner_of(model: PreTrainedModel, dtype: str) -> Learner:
 
 
 class Contender:
-    """One way of making a step, with the state that it keeps between steps."""
+    """One way of making a step, with the state that it keeps between steps.
+
+    at_once: pairs of one forward and backward, None: as the way says; our own step takes their share of the tokens.
+    """
 
     def __init__(self, name: str, model: PreTrainedModel, dtype: str):
         self.way = WAYS[name]
+        self.at_once: int | None = self.way.micro_pairs if self.way is not None else None
         plain = model.config._attn_implementation
         self.learner = learner_of(model, dtype)
         if self.way is not None and not self.way.packed:
@@ -95,11 +101,19 @@ class Contender:
         """The gradients of a step, left in the parameters."""
         if self.way is None:
             apply, self.learner._apply = self.learner._apply, _no_step  # type: ignore[method-assign]
-            self.learner.update_pairs(pairs, 0.0)
-            self.learner._apply = apply  # type: ignore[method-assign]
+            try:
+                self._update(pairs)
+            finally:
+                self.learner._apply = apply  # type: ignore[method-assign]
         else:
             self._backward(self.way, pairs)
         return {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+
+    def forget(self) -> None:
+        """Drops gradients, and what the allocator keeps of a batch."""
+        self.learner.optimizer.zero_grad(set_to_none=True)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def warm_optimizer(self) -> None:
         """Makes the moments exist without moving a weight."""
@@ -116,7 +130,7 @@ class Contender:
     def step(self, pairs: Sequence[Pair]) -> None:
         """Gradients, clipping, AdamW, moving average, bf16 copy."""
         if self.way is None:
-            self.learner.update_pairs(pairs, 0.0)
+            self._update(pairs)
             self.learner.publish_into(self.served)
             return
         self._backward(self.way, pairs)
@@ -129,8 +143,16 @@ class Contender:
                 average.mul_(self.settings.ema_decay).add_(parameter, alpha=1 - self.settings.ema_decay)
                 self.served[name].copy_(average)
 
+    def _update(self, pairs: Sequence[Pair]) -> None:
+        if self.at_once is not None:
+            # a batch's tokens in as many parts as its pairs would make
+            tokens = packed_tokens([s for pair in pairs for s in (pair.chosen, pair.rejected)], self.learner.share)
+            limit = -(-tokens * self.at_once // len(pairs))
+            self.learner.settings = self.settings.model_copy(update={"micro_tokens": limit})
+        self.learner.update_pairs(pairs, 0.0)
+
     def _backward(self, way: Way, pairs: Sequence[Pair]) -> None:
-        size = way.micro_pairs or len(pairs)
+        size = self.at_once or len(pairs)
         for first in range(0, len(pairs), size):
             samples = [s for pair in pairs[first : first + size] for s in (pair.chosen, pair.rejected)]
             forward = _packed_forward(way, samples, self.learner) if way.packed else _padded_forward(samples, self)

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from advgame.errors import InputError
 from advgame.evals.formats import TURN
-from advgame.learn.learner import load_model
+from advgame.learn.load import load_model
 from advgame.rollout import vllm_start
 from advgame.rollout.chat import ChatFormat, load_tokenizer, stop_ids
 from advgame.rollout.endpoint_engine import EndpointSpeaker, check_endpoint

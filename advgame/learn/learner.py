@@ -14,10 +14,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from advgame_kernels import ema_decay, ema_update_
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from advgame.errors import InputError
 from advgame.game.pairs import Group, Member, Pair
@@ -25,12 +23,14 @@ from advgame.game.tree import Sample
 from advgame.learn import lora
 from advgame.learn.attention import choose_backend, packed_hidden, use_packed_attention
 from advgame.learn.compute import checkpoint_layers, compiled_decoder
+from advgame.learn.load import load_model
 from advgame.learn.meter import Meter
 from advgame.learn.micro import micro_batches
 from advgame.learn.objective import (
     Head,
     TokenTargets,
     coefficient_change,
+    group_normalizer,
     member_weights,
     policy,
     preference,
@@ -42,14 +42,19 @@ from advgame.learn.objective import (
 )
 from advgame.learn.optimizer import clipped_step, make_optimizer
 from advgame.learn.packing import PackedBatch, pack
+from advgame.learn.ranks import Ranks, filled
 from advgame.learn.reference import ReferenceChoice, snapshot, weights_of
 from advgame.learn.settings import LearnSettings
 from advgame.publish.capture import PublishPass
-from advgame.rollout.chat import first_line
 
 Metrics = dict[str, float]
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_SHORT = Sample((0,), (0, 0), (0.0, 0.0), "stop", 0)
+FILLER_PAIR = Pair(_SHORT, _SHORT, 0.0, 0.0, "")
+FILLER_MEMBER = Member(_SHORT, 0.0, 0.0, 0.0)
+"""What a rank computes, at no weight, while others still have micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,9 @@ class Learner:
     EMA by name, empty when the live player samples. initial: what stood in their place before training, kept only where
     an objective refers to it. previous: the average before the last publish, kept only where play runs one step ahead
     and pairs recompute their reference from it. updates: optimiser steps made; averages: steps of the shadow. Updates
-    may run in a thread; whoever serves the live player meanwhile waits for the end of one. notes: what a user should
-    know of how it trains.
+    may run in a thread; whoever serves the live player meanwhile waits for the end of one. ranks: who trains this
+    player together, each on data of its own; all of them make every update. notes: what a user should know of how it
+    trains.
     """
 
     def __init__(
@@ -95,8 +101,10 @@ class Learner:
         ahead: bool = False,
         device: torch.device | str = "cpu",
         remote_code: bool = False,
+        ranks: Ranks | None = None,
     ):
         self.settings = settings
+        self.ranks = ranks or Ranks()
         self.tokenizer = tokenizer
         made = source if isinstance(source, PreTrainedModel) else load_model(source, field, remote_code=remote_code)
         self.model: PreTrainedModel = made.to(device)
@@ -153,18 +161,23 @@ class Learner:
 
     @_alone
     def update_pairs(self, pairs: Sequence[Pair], progress: float) -> Metrics:
-        """One optimiser step on `pairs`: gradient = sum over pairs / number of pairs. No pair: no step."""
-        if not pairs:
+        """One optimiser step on all ranks' `pairs`: gradient = sum over pairs / number of pairs. No pair: no step."""
+        total = int(self.ranks.sum(len(pairs)))
+        if not total:
             return {"pairs": 0.0}
         meter = Meter()
         units = ((pair, (pair.chosen, pair.rejected)) for pair in pairs)
-        for part in micro_batches(units, self.settings.micro_tokens, share=self.share):
-            batch = self._pack([s for pair in part for s in (pair.chosen, pair.rejected)], meter)
+        parts = micro_batches(units, self.settings.micro_tokens, share=self.share)
+        for part, real in filled(parts, [FILLER_PAIR], self.ranks):
+            batch = self._pack([s for pair in part for s in (pair.chosen, pair.rejected)], meter if real else Meter())
             sampled = sequence_sums(batch.sampler_logps, batch)
             reference, recomputed = self._pair_reference(batch, sampled)
-            out = preference(self._hidden(batch), self.head, batch, reference, len(pairs), self.settings)
+            out = preference(self._hidden(batch), self.head, batch, reference, total, self.settings)
+            if not real:
+                (out.loss * 0.0).backward()
+                continue
             out.loss.backward()
-            share = len(part) / len(pairs)
+            share = len(part) / total
             meter.add("loss", out.loss)
             meter.add("margin", out.margins.mean() * share)
             meter.add("accuracy", out.accuracies.mean() * share)
@@ -179,11 +192,11 @@ class Learner:
                 shift = gap[0::2] - gap[1::2]
                 margins = out.margins.detach()
                 meter.most("reference_change", coefficient_change(margins - shift, margins, self.settings))
-        meter.add("grad_norm", self._apply(progress))
-        values = meter.read()
+        meter.most("grad_norm", self._apply(progress))
+        values = meter.read(self.ranks)
         if "reference_change" in values and self.reference.decided is None:
             self.reference.measured(values["reference_change"])
-        return values | {"pairs": float(len(pairs))}
+        return values | {"pairs": float(total)}
 
     def _pack(self, samples: Sequence[Sample], meter: Meter) -> PackedBatch:
         batch = pack(samples, self.model.device, share=self.share)
@@ -215,36 +228,43 @@ class Learner:
 
     @_alone
     def update_groups(self, groups: Sequence[Group], progress: float) -> Metrics:
-        """One optimiser step of GRPO or REINFORCE++ on `groups`. No member that learns: no step."""
+        """One optimiser step of GRPO or REINFORCE++ on `groups`, those of all ranks. No member that learns: no step."""
         # REINFORCE++ normalises over all tokens of the batch, so all tokens weigh the same
         aggregate = "token" if self.settings.objective == "reinforce" else self.settings.aggregate
-        weights = chain.from_iterable(member_weights(groups, aggregate))
+        normalizer = self.ranks.sum(group_normalizer(groups, aggregate))
+        weights = chain.from_iterable(member_weights(groups, aggregate, normalizer))
         members = chain.from_iterable(group.members for group in groups)
         weighted = [(m, w) for m, w in zip(members, weights, strict=True) if w]
-        if not weighted:
+        learning = int(self.ranks.sum(len(weighted)))
+        if not learning:
             return {"members": 0.0}
         parts: list[tuple[PackedBatch, list[Member], list[float], Tensor]] = []
         meter = Meter()
         units = (((m, w), (m.sample,)) for m, w in weighted)
-        for part in micro_batches(units, self.settings.micro_tokens, share=self.share):
-            learning = [m for m, _ in part]
-            batch = self._pack([m.sample for m in learning], meter)
-            parts.append((batch, learning, [w for _, w in part], self._reference_logps(batch, self.initial)))
-        advantages = self._advantages(parts)
-        tokens = sum(batch.row_bounds[-1] for batch, *_ in parts)
-        for (batch, _, row_weights, reference), advantage in zip(parts, advantages, strict=True):
+        batches = micro_batches(units, self.settings.micro_tokens, share=self.share)
+        for part, real in filled(batches, [(FILLER_MEMBER, 0.0)], self.ranks):
+            batch = self._pack([m.sample for m, _ in part], meter if real else Meter())
+            row_weights = [w for _, w in part]
+            parts.append((batch, [m for m, _ in part], row_weights, self._reference_logps(batch, self.initial)))
+        real_parts = parts[: len(batches)]
+        advantages = self._advantages(real_parts)
+        advantages += [torch.zeros_like(batch.sampler_logps) for batch, *_ in parts[len(batches) :]]
+        tokens = self.ranks.sum(sum(batch.row_bounds[-1] for batch, *_ in real_parts))
+        for number, ((batch, _, row_weights, reference), advantage) in enumerate(zip(parts, advantages, strict=True)):
             targets = TokenTargets(advantage, spread(row_weights, batch), reference)
             out = policy(self._hidden(batch), self.head, batch, targets, self.settings)
             out.loss.backward()
-            meter.add("loss", out.loss)
-            meter.add("kl", out.kl / tokens)
-            meter.add("clip_fraction", out.clip_fraction * (batch.row_bounds[-1] / tokens))
-        meter.add("grad_norm", self._apply(progress))
-        return meter.read() | {"members": float(len(weighted))}
+            if number < len(batches):
+                meter.add("loss", out.loss)
+                meter.add("kl", out.kl / tokens)
+                meter.add("clip_fraction", out.clip_fraction * (batch.row_bounds[-1] / tokens))
+        meter.most("grad_norm", self._apply(progress))
+        return meter.read(self.ranks) | {"members": float(learning)}
 
     def _advantages(self, parts: Sequence[tuple[PackedBatch, list[Member], list[float], Tensor]]) -> list[Tensor]:
         if self.settings.objective == "reinforce":
-            return reinforce_advantages([(b, members, ref) for b, members, _, ref in parts], self.settings.beta)
+            own = [(batch, members, reference) for batch, members, _, reference in parts]
+            return reinforce_advantages(own, self.settings.beta, self.ranks, self.model.device)
         return [spread([m.advantage for m in members], batch) for batch, members, *_ in parts]
 
     def _hidden(self, batch: PackedBatch) -> Tensor:
@@ -264,7 +284,8 @@ class Learner:
             return token_logps(self._hidden(batch), self.head, batch).logps
 
     def _apply(self, progress: float) -> Tensor:
-        """Clips, steps, clears; returns the gradient norm before clipping, on the device."""
+        """Adds up the ranks' gradients, clips, steps, clears; returns the norm before clipping, on the device."""
+        self.ranks.add_up([p.grad for p in self.parameters.values() if p.grad is not None])
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr_at(progress)
         norm = clipped_step(self.optimizer, self.settings.clip_norm)
@@ -308,20 +329,3 @@ class Learner:
                     served[name].copy_(weight)
                 return
             torch._foreach_copy_([served[name] for name in self.parameters], [source[name] for name in self.parameters])
-
-
-def load_model(
-    folder: Path, field: str, *, dtype: torch.dtype = torch.float32, remote_code: bool = False
-) -> PreTrainedModel:
-    """A causal LM from a Hugging Face folder; InputError names `field` if its weights do not load."""
-    transformers_logging.disable_progress_bar()  # it would draw over the live view
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=remote_code, local_files_only=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{field}: no weights load from {folder}: {first_line(error)}") from error
-    sampling = model.generation_config
-    if sampling is not None and not sampling.do_sample and (sampling.temperature or sampling.top_p or sampling.top_k):
-        sampling.do_sample = True  # else transformers refuses to save the folder again
-    return model

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from advgame.game.pairs import Group, Member
 from advgame.learn.packing import PackedBatch, to_device
+from advgame.learn.ranks import Ranks
 from advgame.learn.settings import LearnSettings
 
 PREFERENCE_KINDS = {"dpo": "sigmoid", "ipo": "ipo"}
@@ -97,26 +98,33 @@ def spread(values: Sequence[float], batch: PackedBatch) -> Float[Tensor, " rows"
     return to_device(torch.tensor(values, dtype=torch.float32), batch.labels.device)[batch.owner]
 
 
-def member_weights(groups: Sequence[Group], aggregate: str) -> list[list[float]]:
+def group_normalizer(groups: Sequence[Group], aggregate: str) -> float:
+    """What `member_weights` divides by: the number of tokens that learn, or of groups."""
+    if aggregate == "token":
+        return sum(len(m.sample.token_ids) * m.weight for g in groups for m in g.members)
+    return len(groups)
+
+
+def member_weights(groups: Sequence[Group], aggregate: str, normalizer: float | None = None) -> list[list[float]]:
     """Per group and member, the weight of each of its tokens (GAME.md, "Learning: GRPO").
 
     group: token sums, averaged over a group's members (failed ones count as zero), then over groups; token: one
-    mean over all tokens that learn.
+    mean over all tokens that learn. normalizer: the sum of `group_normalizer` over all ranks; None: these groups'.
     """
-    if aggregate == "token":
-        total = sum(len(m.sample.token_ids) * m.weight for g in groups for m in g.members)
-        return [[m.weight / total if total else 0.0 for m in g.members] for g in groups]
-    return [[m.weight / (len(g.members) * len(groups)) for m in g.members] for g in groups]
+    total = group_normalizer(groups, aggregate) if normalizer is None else normalizer
+    if not total:
+        return [[0.0 for _ in g.members] for g in groups]
+    return [[m.weight / (total if aggregate == "token" else len(g.members) * total) for m in g.members] for g in groups]
 
 
 def reinforce_advantages(
-    batches: Sequence[tuple[PackedBatch, Sequence[Member], Tensor]], beta: float
+    batches: Sequence[tuple[PackedBatch, Sequence[Member], Tensor]], beta: float, ranks: Ranks, device: torch.device
 ) -> list[Float[Tensor, " rows"]]:
     """REINFORCE++: token returns with the KL penalty inside, normalised over the global batch.
 
     `batches` holds (batch, its members, reference token log-probs). A token's return is the reward plus
     -beta (log pi - log ref) summed from that token to the end; returns are centred and divided by their standard
-    deviation over all tokens.
+    deviation over all tokens of all ranks.
     """
     returns = []
     for batch, members, reference in batches:
@@ -126,9 +134,8 @@ def reinforce_advantages(
             part = penalty[batch.row_bounds[i] : batch.row_bounds[i + 1]]
             parts.append(part.flip(0).cumsum(0).flip(0) + member.reward)
         returns.append(torch.cat(parts))
-    everything = torch.cat(returns)
-    scale = everything.std(correction=0) + 1e-8
-    return [(r - everything.mean()) / scale for r in returns]
+    mean, deviation = ranks.moments(torch.cat(returns) if returns else torch.zeros(0, device=device))
+    return [(r - mean) / (deviation + 1e-8) for r in returns]
 
 
 @dataclass(frozen=True)

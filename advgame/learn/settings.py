@@ -63,6 +63,11 @@ class LearnSettings(Section):
         False, description="Keep only each layer's input, compute the rest again in the backward pass: less memory."
     )
     compile: bool = Field(False, description="Run the decoder through torch.compile (attention stays as it is).")
+    streams: Literal["auto", "off"] = Field(
+        "off",
+        description="auto: on a GPU both players learn at the same time, on a stream each, where memory for both is "
+        "free (measured in the first two steps; never with several ranks); off: by turns.",
+    )
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw", description="AdamW with fp32 moments, or with 8-bit ones (needs bitsandbytes and a GPU)."
     )

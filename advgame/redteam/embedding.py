@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from advgame.learn.learner import load_model
+from advgame.learn.load import load_model
 from advgame.redteam.specs import Spec
 from advgame.rollout.chat import load_tokenizer
 

@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from advgame.config import Config, load_config
 from advgame.errors import InputError
-from advgame.learn.learner import load_model
+from advgame.learn.load import load_model
 from advgame.redteam.targets import LocalModel, Model, RemoteModel
 from advgame.rollout import vllm_start
 from advgame.rollout.chat import ChatFormat, load_tokenizer, stop_ids

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from advgame.config import Config
-from advgame.learn.learner import Learner, load_model
+from advgame.learn.learner import Learner
+from advgame.learn.load import load_model
 from advgame.rollout import vllm_start
 from advgame.rollout.channel import Channel
 from advgame.rollout.chat import ChatFormat, stop_ids

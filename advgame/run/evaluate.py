@@ -15,7 +15,7 @@ from advgame.game.llm_judge import LLMJudge
 from advgame.game.play import play_batch
 from advgame.game.rewards import tree_rewards
 from advgame.game.tree import Outcome, Seed, Tree
-from advgame.learn.learner import load_model
+from advgame.learn.load import load_model
 from advgame.rollout.transformers_engine import TransformersEngine
 from advgame.rollout.vllm_engine import VllmEngine
 from advgame.run import names

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from advgame.game.pairs import Role, groups_of, pairs_of
@@ -193,15 +194,21 @@ def learn(session: Session, scored: Scored, step: int) -> dict[str, float]:
     settings = session.config.learn
     everything = [scored] if settings.accumulate or session.config.game.self_play else by_category(scored)
     progress = step / max(1, session.config.run.steps - 1)
-    values: dict[str, float] = {}
-    for side in session.sides:
-        if side.learner is None or not has_turn(session, side, step):
-            continue
+
+    def of(side: Side) -> dict[str, float]:
+        assert side.learner is not None
         updates = [update(side, part, session, progress) for part in everything]
+        values = {}
         for key in sorted({key for metrics in updates for key in metrics}):
             known = [metrics[key] for metrics in updates if key in metrics]
             values[f"learn/{side.name}/{key}"] = sum(known) / len(known)
-        values[f"learn/{side.name}/lr"] = side.learner.lr_at(progress)
+        return values | {f"learn/{side.name}/lr": side.learner.lr_at(progress)}
+
+    turns = [side for side in session.sides if side.learner is not None and has_turn(session, side, step)]
+    ranks = max((learner.ranks.size for learner in session.learners.values()), default=1)
+    values: dict[str, float] = {}
+    for made in session.abreast.run([partial(of, side) for side in turns], ranks=ranks):
+        values |= made
     return values
 
 

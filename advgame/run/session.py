@@ -23,6 +23,7 @@ from advgame.game.seeds import SeedFile, SeedPool
 from advgame.game.stream import SeedStream
 from advgame.game.tree import Category, Seed
 from advgame.learn.learner import Learner
+from advgame.learn.streams import SideBySide
 from advgame.rollout.chat import ChatFormat, load_tokenizer
 from advgame.rollout.endpoint_engine import EndpointSpeaker
 from advgame.rollout.engine import Engine, Sampling
@@ -53,7 +54,7 @@ class Session:
     """A run in memory.
 
     others: what samples beside the players (the judge's engine or speaker). meters: the time of every role that is
-    sampled by an engine or a server.
+    sampled by an engine or a server. abreast: how the players' updates run beside each other.
     """
 
     config: Config
@@ -66,6 +67,7 @@ class Session:
     others: tuple[Engine | EndpointSpeaker, ...] = ()
     counters: Counter[str] = field(default_factory=Counter)
     meters: dict[str, Meter] = field(default_factory=dict)
+    abreast: SideBySide = field(default_factory=lambda: SideBySide(torch.device("cpu"), allowed=False))
 
     @property
     def learners(self) -> dict[str, Learner]:
@@ -259,7 +261,9 @@ def open_session(plan: Plan, cache: Path | None = None, progress: Progress | Non
     assert stream is not None, "a config has a seed file or a world"
     table = Table(attacker, defender, judge, templates, _rules(config))
     rewards = RewardRules(config.game.attacker_judge, config.game.optimistic, zero_sum=config.game.self_play)
-    return Session(config, world, stream, validation, tuple(sides), table, rewards, tuple(others), counters, meters)
+    abreast = SideBySide(device, allowed=config.learn.streams == "auto")
+    seated = tuple(sides)
+    return Session(config, world, stream, validation, seated, table, rewards, tuple(others), counters, meters, abreast)
 
 
 def world_roles(config: Config) -> list[str]:

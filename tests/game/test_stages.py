@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import statistics
 
 from game.trees import BENIGN, HARMFUL
 
@@ -10,7 +11,7 @@ from advgame.game.prompts import Templates
 from advgame.game.tree import Outcome, Sample
 from advgame.rollout.engine import Sampling
 from advgame.rollout.speaker import Speaker
-from bench.play import HashJudge, Words
+from bench.play_cast import DEVIATION, PROMPT, HashJudge, Words, seeds_of
 from bench.stages import play_stages
 
 
@@ -39,3 +40,12 @@ def test_both_ways_play_the_same_trees():
     assert asyncio.run(play_stages(table, seeds, 2)) == free
     outcomes = {attack.outcome for tree in free for attack in tree.attacks}
     assert {Outcome.OK, Outcome.UNFAITHFUL, Outcome.LENGTH} <= outcomes
+
+
+def test_the_attackers_prompts_have_the_stated_lengths():
+    templates, words = Templates.load(), Words()
+    seeds = seeds_of(400, templates)
+    assert seeds == seeds_of(400, templates)
+    lengths = [len(words.prompt_ids(templates.attacker(seed))) for seed in seeds]
+    assert abs(statistics.mean(lengths) - PROMPT) < 3
+    assert abs(statistics.stdev(lengths) - DEVIATION) < 3
