@@ -16,7 +16,7 @@ from advgame.evals.command import add_audit_arguments, add_eval_arguments
 from advgame.game.dataset import add_data_arguments
 from advgame.lab.arguments import add_lab_arguments
 from advgame.plan.arguments import add_plan_arguments
-from advgame.redteam.command import add_redteam_arguments, add_transfer_arguments
+from advgame.redteam.command import add_redteam_arguments
 from advgame.report.arguments import add_report_arguments
 
 MISSING = {
@@ -121,13 +121,9 @@ COMMANDS = (
     ),
     Command(
         "redteam", "attack a model and measure what gets through",
-        "Attacks a target within a budget, on the record; the same command continues a run.",
+        "Attacks a target within a budget, on the record (--transfer: every attacker against every target); "
+        "the same command continues a run.",
         add_redteam_arguments, "advgame.redteam.command:run_redteam",
-    ),
-    Command(
-        "redteam-transfer", "every attacker against every target",
-        "A matrix of red-team runs: success, queries, diversity and faithfulness.",
-        add_transfer_arguments, "advgame.redteam.transfer:run_transfer",
     ),
     Command(
         "publish", "show how weights reach an engine",

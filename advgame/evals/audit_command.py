@@ -26,7 +26,8 @@ from advgame.evals.classify import Item
 from advgame.evals.comparers import Failed, OpenJudge, check_judge, open_judge
 from advgame.evals.generate import Tick, pool, strikes_of
 from advgame.evals.metrics import Result
-from advgame.evals.models import EngineSettings, ModelSpec
+from advgame.evals.models import EngineSettings
+from advgame.evals.named import ModelSpec
 from advgame.evals.store import Line, Store, digest
 from advgame.evals.suites import ClassifierSettings, short_classifier
 from advgame.game.tree import Rubric

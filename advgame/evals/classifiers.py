@@ -10,7 +10,8 @@ from typing import Any
 from advgame.errors import InputError
 from advgame.evals.classify import Classifier, ModelClassifier, PhraseClassifier, WorldClassifier
 from advgame.evals.formats import FORMATS, renderer
-from advgame.evals.models import EngineSettings, Form, ModelSpec, Opened, open_model, parse_model, raw_tokenizer
+from advgame.evals.models import EngineSettings, Form, Opened, open_model, raw_tokenizer
+from advgame.evals.named import ModelSpec, parse_model
 from advgame.evals.store import digest
 from advgame.evals.suites import ClassifierSettings
 from advgame.rollout.engine import Sampling
@@ -44,7 +45,7 @@ def check_classifier(settings: ClassifierSettings, field: str) -> ModelSpec | No
     if settings.model is None:
         raise InputError(f"{field}: {settings.kind} asks a model; write {settings.kind}@FOLDER or @http://host/v1#name")
     renderer(settings.kind, settings.template, None)
-    spec = parse_model(settings.model, field, needs_template=not _raw(settings))
+    spec = parse_model(settings.model, field, "judge", needs_template=not _raw(settings))
     if _clip(settings) and spec.endpoint is not None and settings.tokenizer is None:
         raise InputError(
             f"{field}: {settings.kind} reads {_clip(settings)} tokens of its own of a response; give `tokenizer:` (a "
@@ -88,9 +89,10 @@ def _clip(settings: ClassifierSettings) -> int | None:
 
 
 def _clipper(settings: ClassifierSettings, spec: ModelSpec, field: str) -> Callable[[str], str] | None:
-    most, folder = _clip(settings), settings.tokenizer or spec.folder
-    if most is None or folder is None:
+    most = _clip(settings)
+    if most is None or (settings.tokenizer is None and spec.endpoint is not None):
         return None
+    folder = settings.tokenizer or spec.model_folder()
     return clipper(raw_tokenizer(folder, f"{field}.tokenizer"), most)
 
 

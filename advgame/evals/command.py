@@ -48,6 +48,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
     """0: done. Raises InputError before anything heavy loads where that can be told."""
     from rich.console import Console
 
+    from advgame.evals.classifiers import check_classifier
     from advgame.evals.evaluate import Evaluation, check, evaluate, open_evaluation, rescore
     from advgame.evals.suites import ClassifierSettings, load_suite, short_classifier
     from advgame.evals.table import export_csv, export_json, make_table
@@ -61,6 +62,9 @@ def run_eval(arguments: argparse.Namespace) -> int:
         evaluation: Evaluation = open_evaluation(arguments.out)
         named = evaluation.suite.classifiers.get(arguments.rescore)
         settings = named or short_classifier(arguments.rescore, "--rescore")
+        spec = check_classifier(settings, "--rescore")
+        if spec is not None and spec.endpoint is not None:
+            evaluation.notes.append(f"egress: classifier {spec.endpoint.url}, and nothing else leaves this machine")
     else:
         if arguments.suite is None:
             raise InputError("--suite: name a suite file, for example configs/suites/tiny.yaml")

@@ -13,12 +13,14 @@ from advgame.errors import InputError
 from advgame.evals.formats import fill, template_text
 from advgame.evals.generate import Strikes, Tick, pool
 from advgame.evals.metrics import Result
-from advgame.evals.models import EngineSettings, ModelSpec, Opened, open_model, parse_model
+from advgame.evals.models import EngineSettings, Opened, open_model
+from advgame.evals.named import ModelSpec, parse_model
 from advgame.evals.pairwise import GAMES, Compared, Game, Question, arena_score, length_controlled, win_rate
 from advgame.evals.stats import micro
 from advgame.evals.store import Store, digest
 from advgame.game.judge import Judge, Key
 from advgame.game.llm_judge import LLMJudge
+from advgame.game.parsing import after_reasoning
 from advgame.game.phrase_judge import PhraseJudge
 from advgame.game.prompts import Templates
 from advgame.game.tree import Rubric, Sample
@@ -111,7 +113,7 @@ def check_judge(text: str, field: str) -> tuple[str, ModelSpec | None, dict[str,
     """(kind, model, options) of a judge's name. Raises InputError naming `field`; loads nothing."""
     kind, at, model = text.partition("@")
     if kind in ("score", "compare") and at:
-        return kind, parse_model(model, field), {}
+        return kind, parse_model(model, field, "judge"), {}
     name, mark, rest = text.partition("?")
     options: dict[str, float] = {}
     if name == "rule" and mark:
@@ -175,10 +177,11 @@ async def play_games(
 ) -> Counter[str]:
     """Fills `games` for every question whose answer is stored. Raises EngineError when the judge's server is down."""
     texts = {line["id"]: line for line in answers.lines()}
+    said = {name: after_reasoning(line["response"] or "") for name, line in texts.items()}
     listed = [question for question in questions() if question.row.id in texts]
 
     def request(question: Question) -> int:
-        return digest(question.row.prompt, question.baseline, texts[question.row.id]["response"], judge.identity)
+        return digest(question.row.prompt, question.baseline, said[question.row.id], judge.identity)
 
     requests = {question.row.id: request(question) for question in listed}
     done, dropped = games.open(requests.get)
@@ -195,12 +198,11 @@ async def play_games(
         else:
             try:
                 key = (digest(name),)
-                pair = await both_orders(judge.comparer, asked, question.baseline, answer["response"], key)
+                pair = await both_orders(judge.comparer, asked, question.baseline, said[name], key)
             except Failed as failure:
                 error = str(failure)
             guard.hit(error)
-        response = answer["response"] or ""
-        line = {"id": name, "request": requests[name], "games": list(pair), "length": len(response)}
+        line = {"id": name, "request": requests[name], "games": list(pair), "length": len(said[name])}
         difficulty = {} if question.difficulty != question.difficulty else {"difficulty": question.difficulty}
         games.add(line | {"baseline_length": len(question.baseline), "error": error} | difficulty)
         counts["failed" if error else "made"] += 1

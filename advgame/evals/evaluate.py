@@ -28,7 +28,7 @@ from advgame.evals.classifiers import check_classifier, open_classifier
 from advgame.evals.comparers import check_judge, game_results, open_judge, play_games
 from advgame.evals.generate import Generator, Tick, generate, sampling_of, strikes_of
 from advgame.evals.metrics import Result, scoreboard
-from advgame.evals.models import ModelSpec, parse_model, short_names
+from advgame.evals.named import ModelSpec, parse_model, short_names
 from advgame.evals.pairwise import Question, load_alpaca, load_arena
 from advgame.evals.row import EvalRow
 from advgame.evals.score import classify_store, results_of
@@ -82,7 +82,7 @@ def check(suite: Suite, models: list[str], out: Path, limit: int | None) -> Eval
         if spec is not None and spec.endpoint is not None:
             hosts.add(f"classifier {spec.endpoint.url}")
         if one.translate is not None:
-            translator = parse_model(one.translate.model, f"translate.model of {one.label}")
+            translator = parse_model(one.translate.model, f"translate.model of {one.label}", "judge")
             if translator.endpoint is not None:
                 hosts.add(f"translator {translator.endpoint.url}")
         next(load_set(one, 1), None)
@@ -212,7 +212,7 @@ def _utility(e: Evaluation, spec: ModelSpec, name: str, task: UtilitySettings, w
 def _note(e: Evaluation, what: str, counts: Counter[str]) -> None:
     told = [f"{counts[key]} {word}" for key, word in (
         ("failed", "failed (the same command tries them again)"), ("dropped", "old ones made anew"),
-        ("cut", "cut off at the token limit"),
+        ("cut", "cut off at the token limit"), ("reasoned", "with reasoning, which is stored and not judged"),
     ) if counts[key]]  # fmt: skip
     if told:
         e.notes.append(f"{what}: {', '.join(told)}")

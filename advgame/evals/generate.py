@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
-from advgame.evals.models import EngineSettings, ModelSpec, Opened, open_model
+from advgame.evals.models import EngineSettings, Opened, open_model
+from advgame.evals.named import ModelSpec
 from advgame.evals.row import EvalRow
 from advgame.evals.store import Store, completion_line, digest
 from advgame.evals.suites import Generation, SetSettings
@@ -106,7 +107,8 @@ def request_digest(row: EvalRow, sampling: Sampling, identity: str, seed: int) -
 async def generate(
     rows: Callable[[], Iterator[EvalRow]], sampling: Sampling, generator: Generator, store: Store, tick: Tick
 ) -> Counter[str]:
-    """Fills `store`. `rows` is drawn from twice. Returns counts: rows, made, kept, dropped, failed, cut.
+    """Fills `store`. `rows` is drawn from twice. Returns counts: rows, made, kept, dropped, failed, cut,
+    reasoned (answers that began with a reasoning block, which classifiers do not read).
 
     Raises EngineError when a server is down; the store is intact then.
     """
@@ -132,7 +134,9 @@ async def generate(
                 error, finish = str(getattr(speaker, "last_error", "")) or "no answer", "failed"
             else:
                 response, finish = text, sample.finish_reason
-        store.add(completion_line(row, request, response, finish, error))
+        line = completion_line(row, request, response, finish, error)
+        store.add(line)
+        counts["reasoned"] += "answer" in line
         counts["failed" if error else "made"] += 1
         counts["cut"] += finish == "length"
         finished += 1

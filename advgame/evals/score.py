@@ -10,6 +10,7 @@ from advgame.evals.generate import Strikes, Tick, pool
 from advgame.evals.metrics import Result, Scoreboard
 from advgame.evals.row import EvalRow
 from advgame.evals.store import Line, Store, digest, item_of, row_of, verdict_line, verdict_of
+from advgame.game.parsing import after_reasoning
 
 NO_PROMPT = Verdict(harmful=False, refused=True, raw="the attack found no prompt")
 
@@ -17,7 +18,8 @@ NO_PROMPT = Verdict(harmful=False, refused=True, raw="the attack found no prompt
 def verdict_request(row: EvalRow, identity: str, *, labels: bool) -> int:
     """Names what was judged by whom; a stored verdict with another one is asked for anew."""
     by = f"label {row.label}" if labels and row.label is not None else identity
-    return digest(row.judged, row.response, row.context or "", by)
+    answer = row.response and after_reasoning(row.response)
+    return digest(row.judged, answer, row.context or "", by)
 
 
 async def classify_store(

@@ -16,6 +16,7 @@ from typing import IO, Any
 from advgame.errors import InputError
 from advgame.evals.classify import Item, Verdict
 from advgame.evals.row import EvalRow
+from advgame.game.parsing import after_reasoning
 
 Line = dict[str, Any]
 
@@ -85,12 +86,17 @@ class Store:
 
 
 def completion_line(row: EvalRow, request: int, response: str | None, finish: str, error: str | None) -> Line:
-    """A completion with everything that classifying and scoring need, so that no data file is read again."""
+    """A completion with everything that classifying and scoring need, so that no data file is read again.
+
+    `response` is all that was sampled; `answer` stands beside it where a reasoning block was taken off.
+    """
     line: Line = {"id": row.id, "request": request, "prompt": row.prompt, "judged": row.judged, "want": row.want}
     line |= {key: value for key, value in (("context", row.context), ("group", row.group)) if value}
     line |= {"tags": dict(row.tags)} if row.tags else {}
     line |= {key: getattr(row, key) for key in ("label", "queries") if getattr(row, key) is not None}
-    return line | {"response": response, "finish": finish, "error": error}
+    line |= {"response": response, "finish": finish, "error": error}
+    answer = response and after_reasoning(response)
+    return line if answer == response else line | {"answer": answer}
 
 
 def row_of(line: Mapping[str, Any]) -> EvalRow:
@@ -102,8 +108,8 @@ def row_of(line: Mapping[str, Any]) -> EvalRow:
 
 
 def item_of(row: EvalRow) -> Item:
-    """What a classifier reads of a completion."""
-    return Item(row.judged, row.response or "", row.context, row.id)
+    """What a classifier reads of a completion: never its reasoning."""
+    return Item(row.judged, after_reasoning(row.response or ""), row.context, row.id)
 
 
 def verdict_line(row: EvalRow, request: int, verdict: Verdict) -> Line:

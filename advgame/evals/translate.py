@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from advgame.evals.formats import fill, template_text
 from advgame.evals.generate import Generator, generate
-from advgame.evals.models import parse_model
+from advgame.evals.named import parse_model
 from advgame.evals.row import EvalRow
 from advgame.evals.store import Store, row_of
 from advgame.evals.suites import SetSettings, Translate, load_set
+from advgame.game.parsing import after_reasoning
 from advgame.rollout.engine import Sampling
 
 if TYPE_CHECKING:
@@ -36,16 +37,16 @@ async def translated_rows(e: Evaluation, one: SetSettings, watch: Watch) -> Call
         for row in load_set(one, e.limit):
             yield replace(row, tags={"language": ORIGINAL} | dict(row.tags))
         for line in store.lines():
-            if line["error"] is None and line["response"]:
+            if line["error"] is None and after_reasoning(line["response"] or ""):
                 row = row_of(line)
-                yield replace(row, prompt=row.response or "", response=None)
+                yield replace(row, prompt=after_reasoning(row.response or ""), response=None)
 
     return rows
 
 
 async def _translate(e: Evaluation, one: SetSettings, settings: Translate, store: Store, watch: Watch) -> None:
     template = template_text("translate", settings.template, ("text", "language"))
-    spec = parse_model(settings.model, f"translate.model of {one.label}")
+    spec = parse_model(settings.model, f"translate.model of {one.label}", "judge")
 
     def asked() -> Iterator[EvalRow]:
         for row in load_set(one, e.limit):

@@ -10,7 +10,8 @@ from typing import Any
 
 from advgame.errors import InputError
 from advgame.evals.metrics import Result
-from advgame.evals.models import EngineSettings, ModelSpec
+from advgame.evals.models import EngineSettings
+from advgame.evals.named import ModelSpec
 from advgame.evals.stats import Estimate
 from advgame.evals.suites import UtilitySettings
 from advgame.rollout.chat import first_line
@@ -88,7 +89,8 @@ def backend_of(settings: UtilitySettings, spec: ModelSpec, engine: EngineSetting
             "tokenizer_backend": None,
         }  # fmt: skip
     dtype = engine.dtype if torch.cuda.is_available() else "float32"
-    arguments: dict[str, Any] = {"pretrained": str(spec.folder), "dtype": dtype}
+    # what a model thinks aloud is no answer, here as in the sets; servers with a reasoning parser see to it themselves
+    arguments: dict[str, Any] = {"pretrained": str(spec.model_folder()), "dtype": dtype, "think_end_token": "</think>"}
     if backend == "hf":
         arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     elif backend == "vllm":

@@ -56,6 +56,19 @@ def parse_response(text: str, *, reasoning: bool) -> str | None:
     return None if after is None else _visible(after)
 
 
+def after_reasoning(text: str) -> str:
+    """What a reader is shown of a response: what follows its reasoning block, stripped; without a block, all of it.
+
+    The block ends at the first `</think>`. It begins with the text, spelt out (`<think>`) or by the chat template, so
+    that no `<think>` stands before the end. A block that never ends leaves "": the answer did not begin.
+    """
+    before, closing, after = text.partition("</think>")
+    opened = before.lstrip().startswith("<think>")
+    if closing and (opened or "<think>" not in before):
+        return after.strip()
+    return "" if opened else text
+
+
 def parse_scores(text: str) -> tuple[float, float] | None:
     """The scores of A and B, clipped to 0..10; None when either is missing.
 

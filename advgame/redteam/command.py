@@ -1,4 +1,4 @@
-"""`advgame redteam`: arguments, one campaign, what it leaves, and the line that it prints."""
+"""`advgame redteam`: arguments, one campaign (or, with --transfer, a matrix of them), and the line that it prints."""
 
 from __future__ import annotations
 
@@ -19,33 +19,21 @@ PURPOSE = "--purpose: say what this red-teaming is for (it is recorded with the 
 
 def add_redteam_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `advgame redteam`."""
-    parser.add_argument("--attacker", required=True, metavar="MODEL", help="model folder, run, vllm:PATH or URL#NAME")
-    parser.add_argument("--target", required=True, metavar="MODEL", help="the model that is attacked, named likewise")
-    add_shared_arguments(parser)
-    parser.add_argument("--strategy", default="attacker", help="attacker (best of k), pair, tap, attacker+pair/tap")
-    parser.add_argument("--max-queries", type=int, metavar="N", help="answers of the target in all; default: no limit")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="tokens of all models in all; default: no limit")
-
-
-def add_transfer_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `advgame redteam-transfer`."""
     parser.add_argument(
         "--attacker",
         action="append",
         required=True,
-        metavar="[NAME=][STRATEGY@]MODEL",
-        help="may be repeated; STRATEGY as in redteam (default attacker: best of k)",
+        metavar="MODEL",
+        help="model folder, run, vllm:PATH or URL#NAME; with --transfer [NAME=][STRATEGY@]MODEL, may be repeated",
     )
-    parser.add_argument("--target", action="append", required=True, metavar="[NAME=]MODEL", help="may be repeated")
-    add_shared_arguments(parser)
-    parser.add_argument("--sample", type=int, default=64, metavar="N", help="attacks that diversity looks at (64)")
-    parser.add_argument("--embed", metavar="MODEL", help="local model whose hidden states give the cosine")
-    parser.add_argument("--parallel", type=int, default=4, metavar="N", help="cells at a time (default 4)")
-    parser.set_defaults(classify="all")
-
-
-def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `redteam` and `redteam-transfer` have in common."""
+    parser.add_argument(
+        "--target",
+        action="append",
+        required=True,
+        metavar="MODEL",
+        help="the model that is attacked, named likewise; with --transfer [NAME=]MODEL, may be repeated",
+    )
+    parser.add_argument("--strategy", help="attacker (best of k, the default), pair, tap, attacker+pair, attacker+tap")
     parser.add_argument(
         "--seeds",
         type=Path,
@@ -65,13 +53,14 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name in ("streams", "turns", "depth", "branching", "width", "roots", "keep-last", "retries"):
         parser.add_argument(f"--{name}", type=int, metavar="N", help="overrides the preset")
+    parser.add_argument("--max-queries", type=int, metavar="N", help="answers of the target in all; default: no limit")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="tokens of all models in all; default: no limit")
     parser.add_argument("--queries-per-seed", type=int, metavar="N", help="most target queries a seed")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N seeds")
     parser.add_argument(
         "--classify",
         choices=("best", "all"),
-        default="best",
-        help="the submitted attack, or every one (then faithfulness too)",
+        help="the submitted attack (default), or every one (then faithfulness too; default of --transfer)",
     )
     parser.add_argument(
         "--sampling", action="append", default=[], metavar="ROLE=T,P,N", help="temperature, top-p, tokens of a role"
@@ -80,10 +69,29 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--in-flight", type=int, default=32, metavar="N", help="seeds at a time (default 32)")
     parser.add_argument("--seed", type=int, default=0, help="decides every sampling stream")
     parser.add_argument("--quiet", action="store_true", help="print nothing but the folder")
+    parser.add_argument("--transfer", action="store_true", help="every attacker against every target, as a matrix")
+    parser.add_argument("--sample", type=int, metavar="N", help="--transfer: attacks that diversity looks at (64)")
+    parser.add_argument("--embed", metavar="MODEL", help="--transfer: local model whose hidden states give the cosine")
+    parser.add_argument("--parallel", type=int, metavar="N", help="--transfer: cells at a time (default 4)")
+
+
+ONE, MANY = ("strategy", "max_queries", "max_tokens"), ("sample", "embed", "parallel")
+"""Arguments of a single campaign, and of a matrix of them."""
 
 
 def run_redteam(arguments: argparse.Namespace) -> int:
-    """Runs or continues a campaign. 0: done, or stopped by the user or the budget; 1: some model failed."""
+    """Runs or continues a campaign or a matrix. 0: done, or stopped by user or budget; 1: some model failed."""
+    for name in ONE if arguments.transfer else MANY:
+        if getattr(arguments, name) is not None:
+            goes = "does not go with --transfer" if arguments.transfer else "goes with --transfer only"
+            raise InputError(f"--{name.replace('_', '-')}: {goes}; see advgame redteam --help")
+    if arguments.transfer:
+        from advgame.redteam.transfer import run_transfer
+
+        return run_transfer(arguments)
+    for name in ("attacker", "target"):
+        if len(getattr(arguments, name)) > 1:
+            raise InputError(f"--{name}: give one; several against several are played with --transfer")
     purpose = stated_purpose(arguments.purpose, arguments.out)
 
     from advgame.redteam.goals import WORLD, read_goals
@@ -92,7 +100,10 @@ def run_redteam(arguments: argparse.Namespace) -> int:
     limit = positive(arguments.limit, "limit")
     goals = None if arguments.seeds == WORLD else read_goals(arguments.seeds, limit)
     plan = make_plan(
-        strategy=arguments.strategy, attacker=arguments.attacker, target=arguments.target, **plan_options(arguments)
+        strategy=arguments.strategy or "attacker",
+        attacker=arguments.attacker[0],
+        target=arguments.target[0],
+        **plan_options(arguments),
     )
     goals = goals or goals_of_world(plan, limit)
     check_seeds(plan, goals.seeds)
@@ -119,7 +130,7 @@ def run_redteam(arguments: argparse.Namespace) -> int:
 
 
 def plan_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The shared arguments as keywords of `make_plan`."""
+    """The arguments that single campaigns and matrices share, as keywords of `make_plan`."""
     names = ("streams", "turns", "depth", "branching", "width", "roots", "keep_last", "retries")
     return {
         "judge": arguments.judge,
@@ -130,7 +141,7 @@ def plan_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "k": positive(arguments.k, "k"),
         "search": {n: v for n in names if (v := getattr(arguments, n)) is not None},
         "seed_queries": positive(arguments.queries_per_seed, "queries-per-seed"),
-        "classify_all": arguments.classify == "all",
+        "classify_all": (arguments.classify or ("all" if arguments.transfer else "best")) == "all",
         "in_flight": positive(arguments.in_flight, "in-flight"),
         "run_seed": arguments.seed,
         "sampling": parse_sampling(arguments.sampling),

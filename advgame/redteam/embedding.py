@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import torch
 
+from advgame.evals.named import ModelSpec
 from advgame.learn.load import load_model
-from advgame.redteam.specs import Spec
 from advgame.rollout.chat import load_tokenizer
 
 BATCH = 16
 
 
 @torch.inference_mode()
-def mean_hidden_states(spec: Spec, texts: Sequence[str]) -> list[list[float]]:
+def mean_hidden_states(spec: ModelSpec, texts: Sequence[str]) -> list[list[float]]:
     """(texts, hidden) in float32: the mean over a text's tokens of the last layer's states. `spec` is a local model."""
     folder = spec.model_folder()
     tokenizer = load_tokenizer(folder, spec.field)

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from advgame.evals.named import ModelSpec
 from advgame.game.tree import Seed
 from advgame.redteam.budget import Budget
 from advgame.redteam.campaign import Outcome, run_campaign
@@ -19,11 +20,11 @@ from advgame.redteam.command import gentle_stop, nonzero
 from advgame.redteam.exports import About, write_exports
 from advgame.redteam.folder import CampaignFolder
 from advgame.redteam.measures import Figures, figures
+from advgame.redteam.models import Models
 from advgame.redteam.page import format_rate, run_page
 from advgame.redteam.plan import Plan
 from advgame.redteam.records import Ledger
 from advgame.redteam.seating import seat
-from advgame.redteam.specs import Models, Spec
 from advgame.redteam.strategies import Attempt
 from advgame.rollout.endpoint_engine import check_endpoint
 from advgame.run.folder import write_text_atomically
@@ -86,7 +87,7 @@ def open_models(plans: Sequence[Plan], dtype: str | None, counters: Counter[str]
     return Models(kind, remote, counters)
 
 
-def egress_notes(specs: Sequence[Spec]) -> list[str]:
+def egress_notes(specs: Sequence[ModelSpec]) -> list[str]:
     """One line for every server that texts are sent to."""
     hosts: dict[str, list[str]] = {}
     for spec in specs:

@@ -10,11 +10,11 @@ from typing import Any
 
 from advgame.errors import InputError
 from advgame.evals.formats import FORMATS
+from advgame.evals.named import ModelSpec, parse_model
 from advgame.game.tree import Seed
 from advgame.redteam.budget import Budget
 from advgame.redteam.campaign import STRATEGIES
 from advgame.redteam.goals import Goals, world_goals
-from advgame.redteam.specs import Spec, parse_spec
 from advgame.redteam.strategies import SearchSettings, pair_settings, tap_settings
 from advgame.rollout.engine import Sampling
 from advgame.world.grammar import parse_prompt
@@ -46,13 +46,13 @@ class Plan:
     """
 
     strategy: str
-    attacker: Spec
-    target: Spec
-    judge: str | Spec
-    classifier: str | Spec
+    attacker: ModelSpec
+    target: ModelSpec
+    judge: str | ModelSpec
+    classifier: str | ModelSpec
     k: int
     search: SearchSettings | None
-    driver: Spec | None = None
+    driver: ModelSpec | None = None
     classifier_kind: str = ""
     writer: str = "auto"
     seed_queries: int | None = None
@@ -66,15 +66,15 @@ class Plan:
         return self.target.world or self.attacker.world
 
     @property
-    def specs(self) -> list[Spec]:
+    def specs(self) -> list[ModelSpec]:
         named = (self.attacker, self.driver, self.target, self.judge, self.classifier)
-        return [spec for spec in named if isinstance(spec, Spec)]
+        return [spec for spec in named if isinstance(spec, ModelSpec)]
 
     def settings(self, seeds: Sequence[Seed]) -> dict[str, Any]:
         """What decides the answers: a folder is only continued with the same. May make the world's players."""
 
-        def who(one: str | Spec | None) -> str | None:
-            return one.identity() if isinstance(one, Spec) else one
+        def who(one: str | ModelSpec | None) -> str | None:
+            return one.identity() if isinstance(one, ModelSpec) else one
 
         texts = json.dumps([[seed.id, seed.text] for seed in seeds])
         return {
@@ -106,7 +106,7 @@ class Plan:
     def _samplings(self) -> dict[str, Sampling]:
         return {**{role: self.how(role) for role in SAMPLING}, **self.sampling}
 
-    def plays(self, spec: Spec) -> bool:
+    def plays(self, spec: ModelSpec) -> bool:
         """Whether a model attacks in the game's format (a run's player) rather than in PAIR's JSON chat."""
         return spec.config is not None if self.writer == "auto" else self.writer == "game"
 
@@ -129,9 +129,9 @@ def make_plan(
         raise InputError(f"--strategy: unknown {strategy!r}; choose one of {', '.join(STRATEGIES)}")
     if driver is not None and not strategy.startswith("attacker+"):
         raise InputError(f"--driver: {strategy} has one attacker; use it with attacker+pair or attacker+tap")
-    who = parse_spec(attacker, "--attacker", "attacker")
-    whom = parse_spec(target, "--target", "target")
-    drives = None if driver is None else parse_spec(driver, "--driver", "attacker")
+    who = parse_model(attacker, "--attacker", "attacker")
+    whom = parse_model(target, "--target", "target")
+    drives = None if driver is None else parse_model(driver, "--driver", "attacker")
     world = whom.world or who.world
     named, kind = _classifier_named(classifier, world)
     plan = Plan(
@@ -148,8 +148,8 @@ def make_plan(
     )
     _check_clip(plan)
     for spec in (plan.attacker, plan.judge):
-        talks = isinstance(spec, Spec) and spec.endpoint is not None
-        if talks and isinstance(spec, Spec) and spec.endpoint is not None and spec.endpoint.api == "completions":
+        talks = isinstance(spec, ModelSpec) and spec.endpoint is not None
+        if talks and isinstance(spec, ModelSpec) and spec.endpoint is not None and spec.endpoint.api == "completions":
             raise InputError(f"{spec.field}: api=completions has no turns to talk in; only a target can be asked so")
     return plan
 
@@ -172,17 +172,17 @@ def goals_of_world(plan: Plan, limit: int | None) -> Goals:
     return world_goals(plan.world, limit)
 
 
-def _judge_named(text: str | None, world: World | None) -> str | Spec:
+def _judge_named(text: str | None, world: World | None) -> str | ModelSpec:
     if text is None and world is None:
         raise InputError("--judge: name a model (folder or URL#NAME), or phrases for a smoke test")
     if text == "rule" and world is None:
         raise InputError("--judge: rule reads the tiny world only, and neither attacker nor target was trained there")
     if text in (None, "rule", "phrases"):
         return text or "rule"
-    return parse_spec(text, "--judge", "judge")
+    return parse_model(text, "--judge", "judge")
 
 
-def _classifier_named(text: str | None, world: World | None) -> tuple[str | Spec, str]:
+def _classifier_named(text: str | None, world: World | None) -> tuple[str | ModelSpec, str]:
     """What classifies, and in which format if it is a model."""
     kinds = ", ".join(KINDS)
     if text is None and world is None:
@@ -194,7 +194,7 @@ def _classifier_named(text: str | None, world: World | None) -> tuple[str | Spec
     kind, at, model = text.partition("@")
     if not at or kind not in KINDS:
         raise InputError(f"--classifier: {text!r} is not KIND@MODEL; kinds: {kinds}")
-    return parse_spec(model, "--classifier", "judge"), kind
+    return parse_model(model, "--classifier", "judge"), kind
 
 
 def _check_clip(plan: Plan) -> None:

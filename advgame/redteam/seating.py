@@ -7,15 +7,16 @@ from collections.abc import Callable
 
 from advgame.evals.classify import Classifier, ModelClassifier, PhraseClassifier, WorldClassifier
 from advgame.evals.formats import FORMATS, TURN, renderer
+from advgame.evals.named import ModelSpec
 from advgame.game.judge import Judge
 from advgame.game.llm_judge import LLMJudge
 from advgame.game.phrase_judge import PhraseJudge
 from advgame.game.prompts import Templates
 from advgame.redteam.campaign import Campaign
 from advgame.redteam.judges import AttackJudge, GameJudge, LedgerSpeaker, ModelJudge
+from advgame.redteam.models import Models
 from advgame.redteam.plan import SAMPLING, Plan
 from advgame.redteam.records import TARGET, Ledger, Voice
-from advgame.redteam.specs import Models, Spec
 from advgame.redteam.strategies import Crew
 from advgame.redteam.writers import AttackWriter, GameWriter, JsonWriter
 from advgame.rollout.engine import Sampling
@@ -31,7 +32,7 @@ async def seat(
     target = Voice(TARGET, await models.open(plan.target, "target"), plan.how("target"))
     voice = Voice("attacker", attacker, plan.how("attacker"))
 
-    def writer_of(spec: Spec, voice: Voice, game: bool) -> AttackWriter:
+    def writer_of(spec: ModelSpec, voice: Voice, game: bool) -> AttackWriter:
         if game:
             return GameWriter(ledger, voice, _templates(plan, spec), counters)
         return JsonWriter(ledger, voice, counters)
@@ -69,7 +70,7 @@ def _driver_sampling(plan: Plan) -> Sampling:
     return Sampling(trained.temperature, trained.top_p, trained.max_tokens)
 
 
-def _templates(plan: Plan, spec: Spec) -> Templates:
+def _templates(plan: Plan, spec: ModelSpec) -> Templates:
     """The Attacker's instructions as it was trained with them; the package's own for a bare model."""
     if spec.config is None:
         return Templates.load()

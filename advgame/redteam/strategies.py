@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, TypeVar
 
+from advgame.game.parsing import after_reasoning
 from advgame.game.tree import Seed
 from advgame.redteam.budget import Halt
 from advgame.redteam.judges import AttackJudge
@@ -271,7 +272,7 @@ def _answered(candidate: Candidate, rank: int, answer: Answer | None) -> Candida
         candidate,
         rank=rank,
         fate=Fate.UNJUDGED,
-        response=answer.text,
+        response=after_reasoning(answer.text),  # the record keeps the whole text
         prompt_tokens=answer.prompt_tokens,
         response_tokens=answer.completion_tokens,
     )

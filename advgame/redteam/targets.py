@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from advgame.rollout.chat import ChatFormat
-from advgame.rollout.endpoint_engine import client_of, completion_tokens, first_choice, request_body
+from advgame.rollout.endpoint_engine import client_of, completion_tokens, first_choice, request_body, text_of
 from advgame.rollout.endpoint_http import EndpointRefused
 from advgame.rollout.engine import Engine, EngineError, Request, Sampling
 from advgame.rollout.settings import EndpointSettings
@@ -88,33 +87,16 @@ class LocalModel:
         await self.engine.close()
 
 
-class Pace:
-    """At most `per_minute` starts a minute, evenly spaced; None is no limit."""
-
-    def __init__(self, per_minute: float | None):
-        self._gap = 60.0 / per_minute if per_minute else 0.0
-        self._next = 0.0
-
-    async def wait(self) -> None:
-        if not self._gap:
-            return
-        now = time.monotonic()
-        start = max(self._next, now)
-        self._next = start + self._gap
-        await asyncio.sleep(start - now)
-
-
 class RemoteModel:
-    """An OpenAI-compatible server: concurrency, back-off and time limits are those of `JsonClient`.
+    """An OpenAI-compatible server: concurrency, rate, back-off and time limits are those of `JsonClient`.
 
     An answer of the wrong shape is asked for again like a failure, up to the settings' retries.
     """
 
-    def __init__(self, name: str, settings: EndpointSettings, per_minute: float | None, counters: Counter[str]):
+    def __init__(self, name: str, settings: EndpointSettings, counters: Counter[str]):
         self.name, self.settings, self.counters = name, settings, counters
         self.identity = f"{settings.url}#{settings.model}"
         self._client = client_of(settings, name, counters)
-        self._pace = Pace(per_minute)
 
     async def chat(self, turns: Turns, sampling: Sampling, seed: int) -> Answer:
         body = request_body(self.settings.model, sampling, seed)
@@ -125,7 +107,6 @@ class RemoteModel:
             # a server without a chat template is given the bare text, which only single turns have
             body["prompt"] = "\n\n".join(text for _, text in turns)
         for attempt in range(self.settings.retries + 1):
-            await self._pace.wait()
             try:
                 got = await self._client.post("/chat/completions" if chat else "/completions", body)
             except EndpointRefused as error:
@@ -134,10 +115,8 @@ class RemoteModel:
                 raise
             try:
                 choice, answer = first_choice(got, self.name)
-                text = choice["message"]["content"] if chat else choice["text"]
-                if not isinstance(text, str):
-                    raise EngineError(f"{self.name}: the answer has no text")
-            except (EngineError, KeyError, TypeError) as error:
+                text = text_of(choice, chat, self.name)
+            except EngineError as error:
                 self.counters[f"{self.name}_malformed_answers"] += 1
                 if attempt == self.settings.retries:
                     raise EngineError(f"{self.name}: {self._client.host} sends answers of another form") from error

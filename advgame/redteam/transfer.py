@@ -1,4 +1,4 @@
-"""`advgame redteam-transfer`: every attacker against every target, with how diverse and how faithful each is."""
+"""`advgame redteam --transfer`: every attacker against every target, with how diverse and how faithful each is."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from advgame.errors import InputError
+from advgame.evals.named import ModelSpec, parse_model
 from advgame.evals.stats import Estimate
 from advgame.redteam.budget import Budget
 from advgame.redteam.campaign import Outcome
@@ -25,10 +26,10 @@ from advgame.redteam.embedding import mean_hidden_states
 from advgame.redteam.engagement import egress_notes, engage, open_models
 from advgame.redteam.goals import WORLD, read_goals
 from advgame.redteam.measures import Figures, figures
+from advgame.redteam.models import Models
 from advgame.redteam.page import document, format_rate, table
 from advgame.redteam.plan import Plan, check_seeds, goals_of_world, make_plan
 from advgame.redteam.records import NOTICE
-from advgame.redteam.specs import Models, Spec, parse_spec
 from advgame.redteam.strategies import Attempt
 from advgame.run.diversity import distinct_n, mean_cosine, self_bleu, spread, words
 from advgame.run.folder import write_text_atomically
@@ -72,11 +73,11 @@ def run_transfer(arguments: argparse.Namespace) -> int:
     goals = goals_of_world(first, limit) if arguments.seeds == WORLD else read_goals(arguments.seeds, limit)
     for plan in plans.values():
         check_seeds(plan, goals.seeds)
-    size = positive(arguments.sample, "sample")
-    embed = None if arguments.embed is None else parse_spec(arguments.embed, "--embed", "target")
+    size = 64 if arguments.sample is None else positive(arguments.sample, "sample")
+    embed = None if arguments.embed is None else parse_model(arguments.embed, "--embed", "target")
     if embed is not None and embed.endpoint is not None:
         raise InputError("--embed: a server gives no hidden states; name a model folder")
-    parallel = positive(arguments.parallel, "parallel")
+    parallel = positive(arguments.parallel, "parallel") or 4
 
     console = Console(stderr=True, quiet=arguments.quiet)
     counters: Counter[str] = Counter()
@@ -160,7 +161,7 @@ async def _run(
     return {key: task.result() for key, task in tasks.items()}
 
 
-def diversity(attempts: Sequence[Attempt], size: int, embed: Spec | None = None) -> Diversity:
+def diversity(attempts: Sequence[Attempt], size: int, embed: ModelSpec | None = None) -> Diversity:
     """Of `size` attacks evenly spread over all that were asked, in the order of seeds and queries."""
     asked = [c.prompt for a in attempts for c in sorted(a.candidates, key=lambda c: c.rank) if c.rank]
     if len(asked) < size or size < 2:

@@ -39,6 +39,7 @@ def client_of(settings: EndpointSettings, name: str, counters: Counter[str] | No
         retries=settings.retries,
         backoff_s=settings.backoff_s,
         concurrency=settings.concurrency,
+        per_minute=settings.rpm,
         api_key=os.environ[settings.api_key_env] if settings.api_key_env else None,
         counters=counters,
     )
@@ -84,11 +85,9 @@ class EndpointSpeaker:
             with self.meter.use():
                 posted = await self._client.post(path, body)
             choice, answer = first_choice(posted, self.name)
-            text = choice["message"]["content"] if chat else choice["text"]
-            if not isinstance(text, str):
-                raise EngineError(f"{self.name}: the answer has no text")
-        except (EngineError, KeyError, TypeError) as error:
-            self.last_error = str(error) if isinstance(error, EngineError) else f"{self.name}: no text in the answer"
+            text = text_of(choice, chat, self.name)
+        except EngineError as error:
+            self.last_error = str(error)
             self.counters[f"{self.name}_failures"] += 1
             self.counters[f"{self.name}_given_up"] += 1
             return None, ""
@@ -157,6 +156,24 @@ def first_choice(answer: Any, name: str) -> tuple[dict[str, Any], dict[str, Any]
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise EngineError(f"{name}: the answer has no choices")
     return choices[0], answer
+
+
+def text_of(choice: Mapping[str, Any], chat: bool, name: str) -> str:
+    """What a choice says; EngineError if it is not of the protocol's shape.
+
+    A null content is no failure where the answer never began (cut off, or all of it reasoning that the server keeps
+    apart): it is "". A refusal in a field of its own is the answer.
+    """
+    message = choice.get("message") if chat else choice
+    text = message.get("content" if chat else "text") if isinstance(message, dict) else None
+    if isinstance(message, dict) and chat and text is None and "content" in message:
+        if isinstance(message.get("refusal"), str):
+            text = message["refusal"]
+        elif choice.get("finish_reason") == "length" or message.get("reasoning_content") or message.get("reasoning"):
+            text = ""
+    if not isinstance(text, str):
+        raise EngineError(f"{name}: the answer has no text")
+    return text
 
 
 def _usage(answer: Mapping[str, Any], *path: str) -> Any:

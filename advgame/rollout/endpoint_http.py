@@ -9,6 +9,7 @@ import random
 import socket
 import ssl
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -44,8 +45,24 @@ class _Retry(Exception):
         self.after = after
 
 
+class Pace:
+    """At most `per_minute` starts a minute, evenly spaced; None is no limit."""
+
+    def __init__(self, per_minute: float | None):
+        self._gap = 60.0 / per_minute if per_minute else 0.0
+        self._next = 0.0
+
+    async def wait(self) -> None:
+        if not self._gap:
+            return
+        now = time.monotonic()
+        start = max(self._next, now)
+        self._next = start + self._gap
+        await asyncio.sleep(start - now)
+
+
 class JsonClient:
-    """Posts JSON to paths below `url`.
+    """Posts JSON to paths below `url`, at most `concurrency` at once and `per_minute` tries a minute.
 
     Retries after 429, 5xx, broken connections, timeouts and bodies that are no JSON, waiting `backoff_s`, twice that,
     and so on with up to half as much again at random. Other statuses raise EndpointRefused at once, since the same
@@ -61,6 +78,7 @@ class JsonClient:
         retries: int,
         backoff_s: float,
         concurrency: int,
+        per_minute: float | None = None,
         api_key: str | None = None,
         counters: Counter[str] | None = None,
     ):
@@ -74,12 +92,14 @@ class JsonClient:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix=f"{name}-http")
         self._room = asyncio.Semaphore(concurrency)
+        self._pace = Pace(per_minute)
         self._local = threading.local()
 
     async def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """The decoded answer. Raises EndpointUnavailable after all retries, EndpointRefused for a refused request."""
         data = json.dumps(body).encode()
         for attempt in range(self._retries + 1):
+            await self._pace.wait()
             try:
                 async with self._room:
                     return await self._try(path, data)

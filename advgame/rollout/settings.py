@@ -79,6 +79,7 @@ class EndpointSettings(Section):
     retries: int = Field(4, ge=0, description="Retries after 429, 5xx, a broken connection or a timeout.")
     backoff_s: NonNegativeFloat = Field(0.5, description="First wait before a retry; doubles, Retry-After is obeyed.")
     concurrency: PositiveInt = Field(32, description="Most requests at once.")
+    rpm: PositiveFloat | None = Field(None, description="Most requests a minute, evenly spaced; null: no limit.")
 
 
 class RolloutSettings(Section):

@@ -69,7 +69,7 @@ def commands() -> list[tuple[str, str]]:
     for page in PAGES:
         for block in re.findall(r"```\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
-                line = line.split("#")[0].strip().removeprefix(".venv/bin/")
+                line = re.split(r"(?:^|\s)#", line)[0].strip().removeprefix(".venv/bin/")
                 if line.startswith("advgame "):
                     found.append((page.name, " ".join(line.split())))
     return found

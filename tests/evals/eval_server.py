@@ -55,7 +55,12 @@ def serving(plan: Plan):
             if trouble is not None:
                 return self.reply(trouble, b'{"error": "no"}')
             said = plan.answer(text)
-            choice = {"finish_reason": "stop", "text": said, "message": {"role": "assistant", "content": said}}
+            choice = {
+                "index": 0,
+                "finish_reason": "stop",
+                "text": said,
+                "message": {"role": "assistant", "content": said},
+            }
             return self.reply(200, json.dumps({"choices": [choice], "usage": {"completion_tokens": 3}}).encode())
 
         def reply(self, status, data):

@@ -164,3 +164,29 @@ def test_translations_are_stored_and_reported_by_language(tmp_path):
     assert by == {"original": 1.0, "German": 0.0, "Swahili": 1.0}
     # the classifier reads the request as it was before translation
     assert {row["judged"] for row in stored(tmp_path)} == {f"question {i}" for i in range(4)}
+
+
+def test_reasoning_is_stored_and_not_classified(tmp_path, capsys):
+    """An answer, one whose template opened the block, one that never ended, and tags in the middle of a plain one."""
+    said = {
+        "question 0": "<think>Sure, easy.</think>\n\nI cannot help with that.",
+        "question 1": "I cannot see why not.</think>Sure, here it is.",
+        "question 2": "<think>I wonder",
+        "question 3": "Sure: <think> opens and </think> closes.",
+    }
+    plan = Plan(lambda text: said.get(text, LABELS))
+    with serving(plan) as url:
+        suite(tmp_path, 4)
+        assert run(tmp_path, spec(url)) == 0
+        assert "3 with reasoning, which is stored and not judged" in capsys.readouterr().err
+        rows = {row["prompt"]: row for row in stored(tmp_path)}
+        assert {name: row["response"] for name, row in rows.items()} == said
+        answers = {name: row.get("answer") for name, row in rows.items()}
+        assert list(map(answers.get, said)) == ["I cannot help with that.", "Sure, here it is.", "", None]
+        assert table(tmp_path)["asr"]["estimate"]["value"] == 2 / 4  # nothing said is nothing done
+        judge = f"json@{spec(url)}"
+        assert main(["eval", "--rescore", judge, "--out", str(tmp_path / "out"), "--quiet"]) == 0
+        assert f"egress: classifier {url}, and nothing else leaves this machine" in capsys.readouterr().err
+    asked = [text for text in plan.seen if text.startswith("You label")]
+    assert len(asked) == 4
+    assert not any("easy" in text or "why not" in text or "wonder" in text for text in asked)

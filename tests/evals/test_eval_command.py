@@ -4,11 +4,11 @@ import asyncio
 import csv
 import io
 import json
-import socket
 import time
 import tracemalloc
 from pathlib import Path
 
+import loopback
 import models
 import pytest
 from eval_files import behaviours, lines, table
@@ -33,15 +33,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """Forbids every connection that leaves this machine."""
-    real = socket.socket.connect
-
-    def connect(self, address):
-        assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1"), f"a connection to {address}"
-        return real(self, address)
-
-    monkeypatch.setattr(socket.socket, "connect", connect)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: pytest.fail(f"a look-up of {a}"))
+    loopback.forbid(monkeypatch.setattr)
 
 
 SUITE = {
@@ -150,6 +142,10 @@ def test_bad_models_get_one_line(tmp_path, folder, capsys):
         assert says in error
     assert main(["eval", *words]) == 2
     assert "give at least one MODEL" in capsys.readouterr().err
+    assert main(["eval", str(folder), "--suite", str(tmp_path / "harmbenhc.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "harmbenhc.yaml: no such suite file; try configs/suites/tiny.yaml" in error
 
 
 def test_damaged_rows_name_file_and_line(tmp_path):
@@ -196,6 +192,20 @@ def test_ten_thousand_completions_are_rescored_in_seconds(tmp_path):
     assert time.perf_counter() - start < 10
     asr = {r.metric: r.estimate for r in results}["asr"]
     assert (asr.n, asr.value) == (10_000, pytest.approx(1 - 3334 / 10_000))
+
+
+def test_the_command_rescores_ten_thousand_completions_in_seconds(tmp_path, capsys):
+    """`--rescore` as a user types it, from the parser to the exported table; no model folder exists any more."""
+    out = tmp_path / "out"
+    many(out / "completions/gone/s.jsonl", 10_000)
+    sets = [{"set": "seeds", "name": "s", "path": "gone.jsonl"}]
+    tree = {"suite": {"name": "t", "sets": sets}, "models": {"gone": {"model": "/gone", "identity": "x"}}}
+    (out / "eval.json").write_text(json.dumps(tree))
+    start = time.perf_counter()
+    assert main(["eval", "--rescore", "phrases", "--out", str(out), "--quiet"]) == 0
+    assert time.perf_counter() - start < 10
+    assert figures(out / "table-phrases.json")["gone", "asr"]["estimate"]["n"] == 10_000
+    assert "n=10000" in capsys.readouterr().out
 
 
 def test_memory_does_not_grow_with_the_texts(tmp_path):

@@ -2,10 +2,13 @@
 
 import json
 import math
+from pathlib import Path
 
+import loopback
 import models
 import pytest
 from eval_files import lines
+from eval_server import Plan, serving, spec
 
 from advgame.cli import main
 from advgame.evals.utility import harness_results
@@ -28,6 +31,7 @@ metadata: {version: 3.0}
 
 @pytest.mark.slow
 def test_a_local_task_on_a_tiny_model(tmp_path, monkeypatch, capsys):
+    loopback.forbid(monkeypatch.setattr)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = models.bpe_folder(tmp_path / "m", "qwen2")
     data = lines(tmp_path / "d.jsonl", [{"question": "use the", "answer": i % 2} for i in range(10)])
@@ -51,6 +55,57 @@ def test_a_local_task_on_a_tiny_model(tmp_path, monkeypatch, capsys):
     (tmp_path / "suite.yaml").write_text(json.dumps({"name": "u", "utility": [{"tasks": ["tiny_toolz"]}]}))
     assert main(words) == 2
     assert "has no task 'tiny_toolz'" in capsys.readouterr().err
+
+
+IFEVAL = """include: HARNESS/tasks/ifeval/ifeval.yaml
+task: ifeval_here
+dataset_path: json
+dataset_kwargs: {data_files: {train: DATA}}
+"""
+
+
+@pytest.mark.slow
+def test_ifeval_itself_on_answers_that_are_known(tmp_path, monkeypatch):
+    """The harness's own IFEval task, checks and aggregation on three questions of ours, against a server whose answers
+    are fixed: five instructions, three followed to the letter, four when the first line may be left out.
+    """
+    for name in ("langdetect", "immutabledict", "aiohttp"):
+        pytest.importorskip(name)
+    import lm_eval
+    import nltk
+
+    loopback.forbid(monkeypatch.setattr)
+    # the checks import only if this folder is there; none of those below reads it
+    (tmp_path / "nltk/tokenizers/punkt_tab").mkdir(parents=True)
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk"), *nltk.data.path])
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    comma, zebra = "punctuation:no_comma", "keywords:existence"
+    asked = [("one", [comma, zebra]), ("two", [comma]), ("three", [zebra, comma])]
+    keywords = {comma: {}, zebra: {"keywords": ["zebra"]}}
+    data = lines(
+        tmp_path / "ifeval.jsonl",
+        [
+            {"key": key, "prompt": prompt, "instruction_id_list": names, "kwargs": [keywords[name] for name in names]}
+            for key, (prompt, names) in enumerate(asked)
+        ],
+    )
+    (tmp_path / "tasks").mkdir()
+    task = IFEVAL.replace("HARNESS", str(Path(lm_eval.__file__).parent)).replace("DATA", str(data))
+    (tmp_path / "tasks/ifeval_here.yaml").write_text(task)
+    answers = {"one": "a zebra here", "two": "Well, then:\nno stripes", "three": "nothing"}
+    utility = [{"tasks": ["ifeval_here"], "include_path": "tasks", "name": "ifeval"}]
+    (tmp_path / "suite.yaml").write_text(json.dumps({"name": "u", "utility": utility}))
+    with serving(Plan(lambda text: answers[text])) as url:
+        words = ["--suite", str(tmp_path / "suite.yaml"), "--out", str(tmp_path / "out"), "--quiet"]
+        assert main(["eval", spec(url, timeout_s=20, concurrency=1), *words]) == 0
+    (results,) = json.loads((tmp_path / "out/table.json").read_text())["results"].values()
+    found = {r["metric"]: (r["estimate"]["value"], r["estimate"]["n"]) for r in results}
+    assert found == {
+        "prompt_level_strict_acc": (pytest.approx(1 / 3), 3),
+        "inst_level_strict_acc": (pytest.approx(3 / 5), 3),
+        "prompt_level_loose_acc": (pytest.approx(2 / 3), 3),
+        "inst_level_loose_acc": (pytest.approx(4 / 5), 3),
+    }
 
 
 def test_ifevals_four_metrics_are_all_kept():

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from advgame.game.parsing import parse_attack, parse_response, parse_score, parse_scores, parse_verdict
+from advgame.game.parsing import (
+    after_reasoning,
+    parse_attack,
+    parse_response,
+    parse_score,
+    parse_scores,
+    parse_verdict,
+)
 
 TAGS = ["<think>", "</think>", "<prompt>", "</prompt>", "<PROMPT>", "</Think>"]
 SOUP = st.lists(st.sampled_from([*TAGS, " ", "\n", "a", "b c", "\u200b", "<"]), max_size=12).map("".join)
@@ -181,3 +188,20 @@ def test_a_megabyte_of_anything_is_read_in_linear_time(text: str):
         parse_response(text, reasoning=reasoning)
     parse_scores(text), parse_score(text), parse_verdict(text)
     assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain", "plain"),
+        (" <think>a</think>\n b ", "b"),
+        ("<think>a</think>b</think>c", "b</think>c"),  # what comes after the block is all shown
+        ("begun by the template</think>b", "b"),
+        ("<think>never ends", ""),
+        ("<think>a</think>", ""),
+        ("b <think>a</think> c", "b <think>a</think> c"),
+        ("", ""),
+    ],
+)
+def test_what_a_reader_sees_of_a_response(text, shown):
+    assert after_reasoning(text) == shown

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import loopback
 import pytest
 from server import Server
 
@@ -156,15 +157,26 @@ BAD = {
     "driver": (["--driver", "x"], "--driver: pair has one attacker"),
     "preset": (["--preset", "huge"], "--preset: unknown 'huge'"),
     "budget": (["--max-queries", "0"], "--max-queries: 0 is too few"),
+    "two targets": (["--target", "http://127.0.0.1:1/v1#m"], "--target: give one; several against several"),
+    "a matrix's word": (["--embed", "x"], "--embed: goes with --transfer only"),
+    "a campaign's word": (["--transfer", "--max-queries", "3"], "--strategy: does not go with --transfer"),
+    "no column": (["--seeds", "bare.csv"], "bare.csv line 2: no column of goals"),
+    "nothing in it": (["--seeds", "empty.csv"], "empty.csv: no harmful seeds"),
     "world": (["--seeds", "world"], "`world` names the tiny world's seeds"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_asks_nobody(tmp_path, seeds, capsys, case):
+def test_bad_input_is_one_line_and_asks_nobody(tmp_path, seeds, capsys, monkeypatch, case):
     more, says = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bare.csv").write_text("text\nhow do i kill\n")
+    (tmp_path / "empty.csv").write_text("prompt,category\n")
     with Server() as server:
-        assert cli.main(words(server, seeds, tmp_path / "out", *more)) == 2
+        line = words(server, seeds, tmp_path / "out", *more)
+        if more[0] == "--target" and case != "two targets":
+            del line[line.index("--target") : line.index("--target") + 2]
+        assert cli.main(line) == 2
         assert not server.counts
     err = capsys.readouterr().err
     assert err.count("\n") == 1
@@ -236,7 +248,21 @@ def test_a_target_that_fails_for_a_while_costs_nothing_twice(tmp_path, seeds, wh
     assert candidates(out) == whole
 
 
-def test_a_wrong_address_ends_the_run_with_one_line(tmp_path, seeds, capsys):
+def test_a_refused_connection_ends_the_run_with_one_line(tmp_path, seeds, capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{free.getsockname()[1]}/v1#m?retries=1&backoff_s=0.01"
+    with Server() as server:
+        line = words(server, seeds, tmp_path / "out")
+        line[line.index("--target") + 1] = nobody
+        assert cli.main(line) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "Connection refused" in err
+    assert summary(tmp_path / "out")["figures"]["finished"] == 0
+
+
+def test_a_refused_key_or_address_ends_the_run_with_one_line(tmp_path, seeds, capsys):
     with Server(lambda model, number: 401 if model == "target" else None) as server:
         assert cli.main(words(server, seeds, tmp_path / "out")) == 1
     err = capsys.readouterr().err
@@ -293,22 +319,10 @@ def test_ctrl_c_waits_for_what_is_paid_for(tmp_path, seeds, whole):
 
 
 def test_nothing_is_sent_beyond_loopback(tmp_path, seeds, monkeypatch):
-    connect, reached = socket.socket.connect, []
-
-    def watched(self, address):
-        reached.append(address[0] if isinstance(address, tuple) else address)
-        return connect(self, address)
-
-    def no_names(host, *rest, **kwargs):
-        assert host in ("127.0.0.1", "localhost", None), f"looked up {host}"
-        return lookup(host, *rest, **kwargs)
-
-    lookup = socket.getaddrinfo
-    monkeypatch.setattr(socket.socket, "connect", watched)
-    monkeypatch.setattr(socket, "getaddrinfo", no_names)
+    loopback.forbid(monkeypatch.setattr)
     with Server() as server:
         assert cli.main(words(server, seeds, tmp_path / "out")) == 0
-    assert set(reached) == {"127.0.0.1"}
+    assert len(records(tmp_path / "out")) == 108
 
 
 def test_several_attackers_against_several_targets(tmp_path, seeds, capsys):
@@ -317,7 +331,7 @@ def test_several_attackers_against_several_targets(tmp_path, seeds, capsys):
         line = words(server, seeds, out, "--turns", "1", "--sample", "8")
         for name, value in (("--attacker", "a=pair@"), ("--target", "t=")):
             line[line.index(name) + 1] = value + line[line.index(name) + 1]
-        line[0] = "redteam-transfer"
+        line.append("--transfer")
         del line[line.index("--strategy") : line.index("--strategy") + 2]
         line += ["--attacker", f"b=tap@{server.spec('attacker')}", "--target", f"u={server.spec('target')}"]
         line += ["--depth", "1"]

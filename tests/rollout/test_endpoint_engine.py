@@ -9,7 +9,7 @@ import engines
 import pytest
 
 from advgame.errors import InputError
-from advgame.rollout.endpoint_engine import EndpointEngine, EndpointSpeaker, check_endpoint
+from advgame.rollout.endpoint_engine import EndpointEngine, EndpointSpeaker, check_endpoint, text_of
 from advgame.rollout.engine import EngineError, Sampling
 from advgame.rollout.settings import EndpointSettings
 
@@ -247,3 +247,25 @@ def test_bad_settings_are_named_before_anything_is_sent(changes, says):
 
 def test_the_host_is_what_is_printed():
     assert check_endpoint(EndpointSettings(url="https://judge.example:8443/v1", model="m"), "x") == "judge.example:8443"
+
+
+@pytest.mark.parametrize(
+    ("choice", "says"),
+    [
+        ({"message": {"content": "hello"}}, "hello"),
+        ({"message": {"content": None}, "finish_reason": "length"}, ""),  # cut off before the answer began
+        ({"message": {"content": None, "reasoning_content": "hm"}, "finish_reason": "stop"}, ""),
+        ({"message": {"content": None, "refusal": "I will not."}, "finish_reason": "stop"}, "I will not."),
+        ({"message": {"content": None}, "finish_reason": "stop"}, None),
+        ({"message": {"content": 3}}, None),
+        ({"message": {}}, None),
+        ({"message": "hello"}, None),
+        ({}, None),
+    ],
+)
+def test_what_a_choice_says(choice, says):
+    if says is None:
+        with pytest.raises(EngineError, match="m: the answer has no text"):
+            text_of(choice, True, "m")
+    else:
+        assert text_of(choice, True, "m") == says

@@ -1,4 +1,4 @@
-"""How a model is named on the command line, and the model that the name stands for.
+"""How a model is named on every command line, and what the name stands for; nothing is loaded or sent here.
 
 path/to/model            a Hugging Face folder, sampled by transformers in this process
 path/to/run              a run of `advgame train`: its newest checkpoint's player of the role that is asked for
@@ -11,48 +11,60 @@ http://host:8000/v1#name the model `name` of an OpenAI-compatible server; settin
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from urllib.parse import parse_qsl
 
-import torch
 from pydantic import ValidationError
-from transformers import AutoConfig
 
 from advgame.config import Config, load_config
 from advgame.errors import InputError
-from advgame.learn.load import load_model
-from advgame.redteam.targets import LocalModel, Model, RemoteModel
 from advgame.rollout import vllm_start
-from advgame.rollout.chat import ChatFormat, load_tokenizer, stop_ids
+from advgame.rollout.chat import load_tokenizer
 from advgame.rollout.endpoint_engine import check_endpoint
-from advgame.rollout.engine import Engine
 from advgame.rollout.settings import EndpointSettings, VllmSettings
-from advgame.rollout.transformers_engine import TransformersEngine
-from advgame.rollout.vllm_engine import VllmEngine
 from advgame.run.checkpoint_files import latest_checkpoint, list_checkpoints
 from advgame.world.world import World, open_world
 
 PLAYERS: Mapping[str, str] = {"attacker": "attacker", "target": "defender", "judge": "defender"}
 """Which player of a run speaks in a role."""
 
+EngineKind = Literal["transformers", "vllm", "endpoint"]
+
 
 @dataclass(frozen=True)
-class Spec:
-    """One named model, checked but not loaded. `config` is that of the run it comes from, `initial` whether it is
-    the player before training; `folder` is None where the world has yet to make that player, and for a server.
+class ModelSpec:
+    """One named model, checked but not loaded. `config` and `player`: of the run that it comes from, `role`: a key of
+    PLAYERS. `folder` is None for a server, and for a world's player before training, which the world has yet to make.
     """
 
     text: str
     field: str
-    engine: str
+    engine: EngineKind
     folder: Path | None = None
     endpoint: EndpointSettings | None = None
-    per_minute: float | None = None
     config: Config | None = None
     player: str = ""
+    role: str = "target"
+
+    @property
+    def reasons(self) -> bool:
+        """Whether it is to answer as a run's Defender that was trained to reason first."""
+        return self.role == "target" and self.config is not None and self.config.game.defender_reasoning
+
+    @property
+    def name(self) -> str:
+        """Short, for tables and file names; see `short_names` where it must be unique."""
+        if self.endpoint is not None:
+            return self.endpoint.model.replace("/", "_")
+        if self.folder is None:
+            return Path(self.text.removeprefix("vllm:")).name.replace(":", "_")
+        folder = self.folder
+        if folder.parent.parent.name == "checkpoints":  # a player of a run
+            return "_".join((folder.parent.parent.parent.name, folder.parent.name, folder.name))
+        return folder.name
 
     @property
     def world(self) -> World | None:
@@ -75,38 +87,49 @@ class Spec:
         return weights_digest(self.model_folder())
 
 
-def parse_spec(text: str, field: str, role: str) -> Spec:
-    """What `text` names in `role` (a key of PLAYERS). Loads and sends nothing. Raises InputError naming `field`."""
+def parse_model(text: str, field: str, role: str = "target", *, needs_template: bool = True) -> ModelSpec:
+    """What `text` names in `role` (a key of PLAYERS). Loads no weights, sends nothing. InputError naming `field`."""
     if text.startswith(("http://", "https://")):
         return _endpoint(text, field)
-    engine = "transformers"
-    if text.startswith("vllm:"):
-        engine, text = "vllm", text.removeprefix("vllm:")
+    engine: EngineKind = "vllm" if text.startswith("vllm:") else "transformers"
+    path = text.removeprefix("vllm:")
+    if engine == "vllm":
         vllm_start.vllm_version(field)
-    path, colon, which = text.rpartition(":")
-    folder = Path(path if colon else text)
-    if (folder / "config.yaml").is_file():
-        spec = _player(folder, which if colon else "", field, role, engine)
-    elif colon and (Path(text) / "config.json").is_file():  # a folder whose own name holds a colon
-        spec = Spec(text, field, engine, Path(text))
+    run, which = _run_of(path)
+    if run is not None:
+        spec = _player(text, run, which, field, role, engine)
+    elif Path(path).exists():
+        spec = ModelSpec(text, field, engine, Path(path))
     else:
-        spec = Spec(text, field, engine, Path(text))
+        raise InputError(
+            f"{field}: {path} has no config.json: no such model folder; models are brought by you, nothing is fetched"
+        )
     if spec.folder is not None:
-        load_tokenizer(spec.folder, field)
+        if needs_template:
+            load_tokenizer(spec.folder, field)
         if engine == "vllm":
             vllm_start.check_model(spec.folder, field, VllmSettings())
     return spec
 
 
-def _player(run: Path, which: str, field: str, role: str, engine: str) -> Spec:
+def _run_of(path: str) -> tuple[Path | None, str]:
+    """(run folder, what follows its colon) of a path that names a run; a model's own name may hold a colon too."""
+    folder = Path(path)
+    if folder.exists():
+        is_run = (folder / "config.yaml").is_file() and not (folder / "config.json").is_file()
+        return (folder if is_run else None), ""
+    run, colon, which = path.rpartition(":")
+    return (Path(run), which) if colon and (Path(run) / "config.yaml").is_file() else (None, "")
+
+
+def _player(text: str, run: Path, which: str, field: str, role: str, engine: EngineKind) -> ModelSpec:
     config = load_config(run / "config.yaml")
     player = "shared" if config.game.self_play else PLAYERS[role]
-    text = f"{run}:{which}" if which else str(run)
     if which == "initial":
         own: Path | None = getattr(config, "defender" if player == "shared" else player).model
         if own is None and config.world is None:
             raise InputError(f"{field}: the run {run} has no {player}")
-        return Spec(text, field, engine, own, config=config, player=player)
+        return ModelSpec(text, field, engine, own, config=config, player=player, role=role)
     if which:
         found = {path.name: path for _, path in list_checkpoints(run / "checkpoints")}.get(which)
         if found is None:
@@ -118,81 +141,26 @@ def _player(run: Path, which: str, field: str, role: str, engine: str) -> Spec:
             raise InputError(f"{field}: {run} has no intact checkpoint; write {run}:initial for the untrained player")
     for name in (f"{player}-ema", player):
         if (found / name / "config.json").is_file():
-            return Spec(text, field, engine, found / name, config=config, player=player)
+            return ModelSpec(text, field, engine, found / name, config=config, player=player, role=role)
     raise InputError(f"{field}: {found} holds no {player}, since it did not learn; write {run}:initial")
 
 
-def _endpoint(text: str, field: str) -> Spec:
+def _endpoint(text: str, field: str) -> ModelSpec:
     url, mark, rest = text.partition("#")
     name, _, options = rest.partition("?")
     if not mark or not name:
         raise InputError(f"{field}: {text!r} names no model; write {url or 'http://host:8000/v1'}#MODEL")
-    given: dict[str, object] = dict(parse_qsl(options, keep_blank_values=True))
+    given = dict(parse_qsl(options, keep_blank_values=True))
     try:
-        per_minute = float(str(given.pop("rpm"))) if "rpm" in given else None
-        if per_minute is not None and per_minute <= 0:
-            raise ValueError("rpm must be positive")
         settings = EndpointSettings.model_validate({"url": url, "model": name} | given)
     except ValidationError as error:
         first = error.errors()[0]
-        known = ", ".join([*(k for k in EndpointSettings.model_fields if k not in ("url", "model")), "rpm"])
+        known = ", ".join(key for key in EndpointSettings.model_fields if key not in ("url", "model"))
         raise InputError(
             f"{field}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}; known: {known}"
         ) from None
-    except ValueError:
-        raise InputError(f"{field}: rpm: write a positive number of requests a minute") from None
     check_endpoint(settings, field)
-    return Spec(text, field, "endpoint", endpoint=settings, per_minute=per_minute)
-
-
-@dataclass
-class Models:
-    """Opens models, each set of weights once. `remote`: some model is a server, so engines must not block the loop."""
-
-    dtype: str
-    remote: bool
-    counters: Counter[str]
-    vllm: VllmSettings = field(default_factory=VllmSettings)
-    _open: dict[tuple[str, str], Model] = field(default_factory=dict)
-
-    async def open(self, spec: Spec, name: str) -> Model:
-        """`name` begins the keys of its counters. Raises InputError or EngineError."""
-        if spec.endpoint is not None:
-            key = (spec.engine, f"{name} {spec.text}")
-            if key not in self._open:
-                self._open[key] = RemoteModel(name, spec.endpoint, spec.per_minute, self.counters)
-            return self._open[key]
-        key = (spec.engine, spec.identity())
-        if key not in self._open:
-            self._open[key] = await self._local(spec, name)
-        return self._open[key]
-
-    async def close(self) -> None:
-        for model in self._open.values():
-            await model.close()
-
-    async def _local(self, spec: Spec, name: str) -> LocalModel:
-        folder = spec.model_folder()
-        tokenizer = load_tokenizer(folder, spec.field)
-        stops = stop_ids(folder, tokenizer)
-        positions = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
-        engine: Engine
-        if spec.engine == "vllm":
-            engine = VllmEngine(
-                folder, name=name, settings=self.vllm, dtype=self.dtype, stop_ids=stops, channel=None, restore=None,
-                counters=self.counters,
-            )  # fmt: skip
-            positions = min(positions or 1 << 62, self.vllm.max_model_len or 1 << 62)
-        else:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            engine = TransformersEngine(
-                load_model(folder, spec.field, dtype=getattr(torch, self.dtype)).to(device),
-                stop_ids=stops,
-                pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0],
-                deterministic=not self.remote,
-            )
-        await engine.start()
-        return LocalModel(name, spec.identity(), engine, ChatFormat(tokenizer), positions, self.counters)
+    return ModelSpec(text, field, "endpoint", endpoint=settings)
 
 
 def weights_digest(folder: Path, sample: int = 1 << 20) -> str:
@@ -206,3 +174,16 @@ def weights_digest(folder: Path, sample: int = 1 << 20) -> str:
             file.seek(max(0, size - sample))
             digest.update(file.read(sample))
     return digest.hexdigest()
+
+
+def short_names(specs: Sequence[ModelSpec]) -> list[str]:
+    """A short name for each model, unique among them: the folder's name, with its parents' where needed."""
+    names = [spec.name for spec in specs]
+    for depth in range(1, 8):
+        if len(set(names)) == len(names):
+            break
+        for i, spec in enumerate(specs):
+            if names.count(names[i]) > 1 and spec.folder is not None:
+                parts = spec.folder.resolve().parts
+                names[i] = "_".join(parts[-1 - depth :])
+    return [name if names[:i].count(name) == 0 else f"{name}.{i + 1}" for i, name in enumerate(names)]
