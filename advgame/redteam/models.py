@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from advgame.evals.models import chat_format
 from advgame.evals.named import ModelSpec
-from advgame.learn.learner import load_model
+from advgame.learn.load import load_model
 from advgame.redteam.targets import LocalModel, Model, RemoteModel
 from advgame.rollout.chat import load_tokenizer, stop_ids
 from advgame.rollout.engine import Engine
