@@ -27,6 +27,9 @@ PAUSE_MODES = {"finish": "wait", "keep": "keep", "abort": "abort"}
 WATCH_S = 0.5
 """Seconds between looks at an engine's processes."""
 
+HEAR_S = 0.1
+"""Seconds that a restart leaves to the callers of the engine that died."""
+
 
 class VllmEngine:
     """One model behind AsyncLLM, in a process of its own.
@@ -191,6 +194,8 @@ class VllmEngine:
             raise EngineDied(f"{self.name}: the engine died and has been restarted {self._restarts} times already")
         self._restarts += 1
         self.counters[f"{self.name}_restarts"] += 1
+        # a start holds the event loop for seconds: whoever was waiting for the dead engine shall hear of it first
+        await asyncio.sleep(HEAR_S)
         await self._open(write)
 
     async def _open(self, write: Write | None) -> None:
