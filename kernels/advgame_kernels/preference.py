@@ -31,10 +31,10 @@ def inverse_normalizer(normalizer: float | Tensor | None, pairs: int) -> float |
             refuse("normalizer", "a number where a batch is empty (there is no mean over no pairs)", None)
         return 1.0
     if isinstance(normalizer, Tensor) and (normalizer.device.type != "cpu" or torch.compiler.is_compiling()):
-        value = normalizer.reshape(()).double()
+        unread = normalizer.reshape(()).double()
         if normalizer.device.type != "meta":
-            torch._assert_async((value > 0) & value.isfinite(), "normalizer: expected a finite number above 0")
-        return value.reciprocal()
+            torch._assert_async((unread > 0) & unread.isfinite(), "normalizer: expected a finite number above 0")
+        return unread.reciprocal()
     value = float(pairs if normalizer is None else normalizer)
     if not 0.0 < value < float("inf"):
         refuse("normalizer", "a finite number above 0", value)
