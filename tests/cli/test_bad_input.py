@@ -6,7 +6,7 @@ import models
 import pytest
 
 from advgame import cli
-from advgame.learn import learner
+from advgame.learn import load
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def no_model_loads(monkeypatch, request):
         def refuse(*args, **kwargs):
             raise AssertionError("a model was loaded before the input was checked")
 
-        monkeypatch.setattr(learner.AutoModelForCausalLM, "from_pretrained", refuse)
+        monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", refuse)
 
 
 def test_missing_config(capsys, tmp_path):
