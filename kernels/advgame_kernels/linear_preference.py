@@ -38,6 +38,7 @@ from advgame_kernels.preference import (
     assemble,
     check_reference,
     device_scalar,
+    gradient_of,
     inverse_normalizer,
     result_dtype,
     sequence_terms,
@@ -86,6 +87,10 @@ class _ChunkResult(NamedTuple):
     d_entropy: Tensor | None  # (n,)
 
 
+def _scaled(terms: SequenceTerms, scale: Tensor) -> tuple[Tensor, SequenceTerms]:
+    return terms.total * scale[0], terms
+
+
 def _chunk_loss(batch: _Batch, chunk: PairChunk, stats: LogProbs, want_grads: bool, impl: str) -> _ChunkResult:
     """Sequence sums in float64, the loss on them, and the gradient factor of every token."""
     if impl == "triton":
@@ -98,10 +103,7 @@ def _chunk_loss(batch: _Batch, chunk: PairChunk, stats: LogProbs, want_grads: bo
     mean_entropy = mean_entropy / counts.clamp(min=1)
     if not want_grads:
         return _ChunkResult(sequence_terms(sums, ref, counts, spec), mean_entropy, None, None)
-    with torch.enable_grad():
-        sums.requires_grad_(True)
-        terms = sequence_terms(sums, ref, counts, spec)
-        (factor,) = torch.autograd.grad(terms.total * batch.scale[0], sums)
+    factor, terms = gradient_of(lambda s: _scaled(sequence_terms(s, ref, counts, spec), batch.scale), sums)
     rows = stats.logps.shape[0]
     d_logps = torch.repeat_interleave(factor, counts, output_size=rows).to(stats.logps.dtype)
     d_entropy = None

@@ -12,7 +12,7 @@ from torch import Tensor
 from advgame_kernels import passes
 from advgame_kernels._checks import describe, floating, non_negative, positive, refuse, vector
 from advgame_kernels._twins import twin_of
-from advgame_kernels.preference import Factors
+from advgame_kernels.preference import Factors, gradient_of
 from advgame_kernels.types import PolicyOutput
 
 Clip = float | tuple[float, float] | None
@@ -127,11 +127,15 @@ def token_factors(
 
         found = policy_triton.token_terms(logps, inputs, spec, want_grads)
         return TokenFactors(found.terms, found.d_logps if want_grads else None)
-    with torch.enable_grad():
-        leaf = logps.double().detach().requires_grad_(want_grads)
-        terms = token_terms(leaf, inputs, spec)
-        factor = torch.autograd.grad(terms.loss.sum(), leaf)[0].to(logps.dtype) if want_grads else None
-    return TokenFactors(TokenTerms(*(x.detach() for x in terms)), factor)
+    leaf = logps.double().detach()
+    if not want_grads:
+        return TokenFactors(token_terms(leaf, inputs, spec), None)
+    factor, terms = gradient_of(lambda x: _summed(token_terms(x, inputs, spec)), leaf)
+    return TokenFactors(TokenTerms(*(x.detach() for x in terms)), factor.to(logps.dtype))
+
+
+def _summed(terms: TokenTerms) -> tuple[Tensor, TokenTerms]:
+    return terms.loss.sum(), terms
 
 
 def check_policy_inputs(inputs: PolicyInputs, rows: int, device: torch.device, spec: PolicySpec) -> None:

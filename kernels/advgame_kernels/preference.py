@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from advgame_kernels._checks import describe, floating, refuse, vector
 from advgame_kernels._twins import twin_of
 from advgame_kernels.preference_kinds import PreferenceSpec, pair_losses
 from advgame_kernels.types import PreferenceOutput
+
+T = TypeVar("T")
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
@@ -46,6 +49,20 @@ def device_scalar(value: float | Tensor, device: torch.device) -> Tensor:  # (1,
     if isinstance(value, Tensor):
         return value.to(device, torch.float64).reshape(1)
     return torch.full((1,), value, dtype=torch.float64, device=device)
+
+
+def gradient_of(function: Callable[[Tensor], tuple[Tensor, T]], x: Tensor) -> tuple[Tensor, T]:
+    """d function(x)[0] / dx and function(x)[1], whatever the grad mode.
+
+    torch.func's form stays whole in a graph of torch.compile; outside of one plain autograd costs less.
+    """
+    if torch.compiler.is_compiling():
+        return torch.func.grad(function, has_aux=True)(x)  # type: ignore[no-any-return]
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_(True)
+        value, more = function(leaf)
+        (gradient,) = torch.autograd.grad(value, leaf)
+    return gradient, more
 
 
 class SequenceTerms(NamedTuple):
