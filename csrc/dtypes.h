@@ -14,8 +14,10 @@ struct Rows {
     DType grad_dtype;
     int64_t vocab, stride, grad_stride;
     const int64_t* labels;    // (rows,)
-    float inv_temperature, softcap;
-    float *logps, *entropy, *lse;                      // (rows,) written by stats, read by grads
+    double inv_temperature;
+    float softcap;
+    float *logps, *entropy;                            // (rows,) written by stats, read by grads
+    double* lse;                                       // (rows,) likewise; float would put its rounding into every gradient
     const float *d_logps, *d_entropy, *d_lse;          // (rows,) upstream gradients
 };
 

@@ -57,15 +57,18 @@ static inline F exp2_(F x, F s) {
 }
 
 constexpr double kLog2E = 1.4426950408889634;
+constexpr float kLn2 = 0.6931471805599453f;
 // Exponents end at −100: what is smaller counts as 2^−100 in sums, where nothing of it is left beside a mass of 1, and as 0 in
 // gradients. That is far enough above the smallest float for no product to become subnormal, which costs a hundred cycles.
 constexpr float kLowest = -100.0f;
 
-// tanh(x) through exp(-2|x|), which never overflows.
+// tanh(x) through exp(-2|x|), which never overflows; near 0, where 1 − e would lose digits, its series.
 static inline F tanh_(F x) {
     const F a = x < splat(0.0f) ? -x : x;
     const F e = exp2_(largest(splat(kLowest), a * (float)(-2.0 * kLog2E)), splat(1.0f));
-    const F t = (1.0f - e) / (1.0f + e);
+    const F s = a * a;
+    const F series = a + a * s * (-0.33333333f + s * (0.13333333f + s * (-0.053968254f + s * 0.021869488f)));
+    const F t = a < splat(0.25f) ? series : (1.0f - e) / (1.0f + e);
     return x < splat(0.0f) ? -t : t;
 }
 
@@ -193,10 +196,10 @@ static void stats_of_row(const Rows& job, int64_t row) {
     const double label = cap<capped>(splat(widen(logits[job.labels[row]])), job.softcap)[0];
     job.logps[row] = (float)((label - best) * job.inv_temperature - log_mass);
     job.entropy[row] = (float)(log_mass - heat / mass);
-    job.lse[row] = (float)(best * job.inv_temperature + log_mass);
+    job.lse[row] = best * job.inv_temperature + log_mass;
 }
 
-// What a row's gradient is made of: g = 2^(z·scale − base) · (lift − pull · (z/T + shift)) · slope, see passes_torch.row_grads_.
+// What a row's gradient is made of: g = 2^e · (lift − pull · (e·ln 2 + shift)) · slope with e = z·scale − base, see passes_torch.row_grads_.
 struct RowFactors {
     F scale, base, lift, pull, shift, inv_temperature;
     float softcap;
@@ -214,7 +217,7 @@ static inline F grads_of_block(F z, const RowFactors& f) {
     const F x = cap<capped>(z, f.softcap);
     const F raw = x * f.scale - f.base;
     F factor = f.lift;
-    if (with_entropy) factor = factor - f.pull * (x * f.inv_temperature + f.shift);
+    if (with_entropy) factor = factor - f.pull * (raw * kLn2 + f.shift);
     if (capped) factor = factor * slope_of<capped>(z, f);
     const F g = exp2_(largest(splat(kLowest), raw), splat(1.0f)) * factor;
     return raw < splat(kLowest) ? splat(0.0f) : g;
@@ -232,9 +235,9 @@ static void grads_of_row(const Rows& job, int64_t row) {
     // The exponent is 0 where z/T = lse, whatever the rounding of `scale`; that of `base` is made up for by the factors.
     const double exact = lse / job.inv_temperature * scale;
     const float base = (float)exact;
-    const float left = (float)__builtin_exp2(base - exact) * (capped ? 1.0f : job.inv_temperature);
+    const float left = (float)__builtin_exp2(base - exact) * (capped ? 1.0f : (float)job.inv_temperature);
     const RowFactors f{splat(scale), splat(base), splat((c - a) * left), splat(b * left),
-                       splat((float)(job.entropy[row] - lse)), splat(job.inv_temperature), job.softcap};
+                       splat((float)(job.entropy[row] + (base - exact) / kLog2E)), splat((float)job.inv_temperature), job.softcap};
     const int64_t label = job.labels[row];
     const F own = splat(label >= 0 ? widen(logits[label]) : 0.0f);
     int64_t j = 0;

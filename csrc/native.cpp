@@ -32,7 +32,7 @@ static void row_stats(uintptr_t logits, int dtype, int64_t rows, int64_t vocab, 
                       double temperature, double softcap, uintptr_t logps, uintptr_t entropy, uintptr_t lse,
                       int threads) {
     Rows job{at<void>(logits), dtype_of(dtype), nullptr, kFloat32, vocab, stride, 0, at<const int64_t>(labels),
-             (float)(1.0 / temperature), (float)softcap, at<float>(logps), at<float>(entropy), at<float>(lse),
+             1.0 / temperature, (float)softcap, at<float>(logps), at<float>(entropy), at<double>(lse),
              nullptr, nullptr, nullptr};
     parallel_for(rows, row_grain(vocab), threads,
                  [&job](int64_t begin, int64_t end) { active->row_stats(job, begin, end); });
@@ -43,7 +43,7 @@ static void row_grads(uintptr_t logits, int dtype, uintptr_t grads, int grad_dty
                       uintptr_t d_logps, uintptr_t d_entropy, uintptr_t d_lse, int threads) {
     Rows job{at<void>(logits), dtype_of(dtype), at<void>(grads), dtype_of(grad_dtype), vocab, stride, grad_stride,
              at<const int64_t>(labels),
-             (float)(1.0 / temperature), (float)softcap, nullptr, at<float>(entropy), at<float>(lse),
+             1.0 / temperature, (float)softcap, nullptr, at<float>(entropy), at<double>(lse),
              at<const float>(d_logps), at<const float>(d_entropy), at<const float>(d_lse)};
     parallel_for(rows, row_grain(vocab), threads,
                  [&job](int64_t begin, int64_t end) { active->row_grads(job, begin, end); });

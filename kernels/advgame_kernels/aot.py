@@ -53,14 +53,15 @@ class Report:
 
 def variants() -> Iterator[Variant]:
     """Every kernel in the forms that the library launches."""
-    row = {"vocab": "i32", "stride": "i32", "inv_temperature": "fp32", "softcap": "fp32"}
+    row = {"vocab": "i32", "stride": "i32", "temperature": "fp32", "inv_temperature": "fp32", "softcap": "fp32"}
     options = {"num_warps": passes_triton.WARPS}
     for logits in ("fp32", "bf16"):
         for softcap in (False, True):
             types = {
                 "logits": POINTERS[logits],
                 "labels": "*i64",
-                **dict.fromkeys(("logps", "entropy", "lse"), "*fp32"),
+                **dict.fromkeys(("logps", "entropy"), "*fp32"),
+                "lse": "*fp64",
             }
             yield Variant(
                 f"row_stats[{logits}{', softcap' if softcap else ''}]", passes_triton.row_stats_kernel, types | row,

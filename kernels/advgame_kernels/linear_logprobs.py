@@ -29,7 +29,8 @@ class _LinearLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: Head
     ) -> tuple[Tensor, ...]:
-        out = LogProbs(*(hidden.new_empty(hidden.shape[0], dtype=head.stats_dtype) for _ in range(3)))
+        dtypes = (head.stats_dtype, head.stats_dtype, torch.float64)
+        out = LogProbs(*(hidden.new_empty(hidden.shape[0], dtype=dtype) for dtype in dtypes))
         work = Workspace(head, largest_chunk([hidden.shape[0]], head.row_budget))
         for rows in row_chunks(0, hidden.shape[0], head.row_budget):
             stats = stats_of(head, work.logits(hidden[rows]), labels[rows])
@@ -40,7 +41,7 @@ class _LinearLogProbs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, labels, *out)
         ctx.head, ctx.dtypes = head, (weight.dtype, None if bias is None else bias.dtype)
         ctx.set_materialize_grads(False)
-        return tuple(out)
+        return out.logps, out.entropy, out.lse.to(head.stats_dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -35,7 +35,7 @@ class _SelectiveLogProbs(torch.autograd.Function):
         ctx.save_for_backward(logits, labels, *stats)
         ctx.temperature, ctx.inplace, ctx.impl, ctx.spent = temperature, inplace, impl, False
         ctx.set_materialize_grads(False)
-        return tuple(stats)
+        return stats.logps, stats.entropy, stats.lse.to(stats.logps.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -2,6 +2,7 @@
 
 Notation: z raw logits, x = softcap·tanh(z/softcap)/T (or z/T), m = max x, s = Σ exp(x−m).
 lse = m + log s;  logp = x_label − lse;  entropy H = log s − Σ exp(x−m)(x−m)/s.
+lse is float64: far from zero a float32 one would put its rounding into every probability of the backward pass.
 With upstream gradients a, b, c of logp, H and lse:  ∂x_j = a·[j=label] + p_j·(c − a − b·(x_j − lse + H)).
 """
 
@@ -36,7 +37,7 @@ def row_stats(
     x = transform(logits, temperature, softcap)
     if x.shape[0] == 0:
         empty = x.new_zeros(0)
-        return LogProbs(empty, empty.clone(), empty.clone())
+        return LogProbs(empty, empty.clone(), empty.double())
     peak = x.amax(dim=1)
     peak = torch.where(peak > float("-inf"), peak, 0.0)  # nothing but -inf: an lse of -inf, not NaN
     x = x - peak[:, None]
@@ -47,7 +48,7 @@ def row_stats(
     weighted = torch.where(exps > 0, exps * x, 0.0).sum(dim=1)
     # (x_label - m) - log s keeps the digits that x_label - lse loses when every logit is far from zero.
     logps = x.gather(1, labels[:, None])[:, 0] - log_total
-    return LogProbs(logps, log_total - weighted / total, peak + log_total)
+    return LogProbs(logps, log_total - weighted / total, peak.double() + total.double().log())
 
 
 def row_grads_(
@@ -63,9 +64,12 @@ def row_grads_(
 ) -> Tensor:  # (N, V) in out_dtype (default: the logits' dtype)
     """Gradient with respect to the raw logits; takes their memory when the dtype allows it."""
     x = transform(logits, temperature, softcap)
-    logprobs = x - stats.lse[:, None]
+    high = stats.lse.to(x.dtype)
+    logprobs = x - high[:, None]
+    if x.dtype != torch.float64:
+        logprobs -= (stats.lse - high).to(x.dtype)[:, None]
     probs = logprobs.exp()
-    factor = torch.zeros_like(stats.lse)
+    factor = torch.zeros_like(high)
     if d_lse is not None:
         factor = factor + d_lse
     if d_logps is not None:

@@ -22,14 +22,20 @@ WARPS = 8
 
 
 @triton.jit
-def _transform(z, inv_temperature, softcap, SOFTCAP: tl.constexpr):
+def _transform(z, temperature, inv_temperature, softcap, SOFTCAP: tl.constexpr):
     """x of the raw logits, and softcap's tanh (unused otherwise)."""
     t = z
     if SOFTCAP:
-        # tanh(y) = 2·sigmoid(2y) − 1 neither overflows nor needs libdevice
-        t = 2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0
+        # tanh(y) = 2·sigmoid(2y) − 1 neither overflows nor needs libdevice; near 0 its series
+        y = z / softcap
+        s = y * y
+        series = y + y * s * (-0.33333333 + s * (0.13333333 + s * (-0.053968254 + s * 0.021869488)))
+        t = tl.where(s < 0.0625, series, 2.0 * tl.sigmoid(2.0 * y) - 1.0)
         z = t * softcap
-    return z * inv_temperature, t
+    x = z * inv_temperature
+    # what the rounding of 1/T has left of z: two instructions in place of a division
+    rest = tl.fma(-x, temperature, z) * inv_temperature
+    return tl.where(tl.abs(x) < float("inf"), x + rest, x), t
 
 
 # Slices of per-row arrays start anywhere: compiling a kernel for each combination of alignments would stall training.
@@ -39,9 +45,10 @@ def row_stats_kernel(
     labels,  # (n,) int64
     logps,  # (n,) float32 out
     entropy,  # (n,) float32 out
-    lse,  # (n,) float32 out
+    lse,  # (n,) float64 out
     vocab,
     stride,
+    temperature,
     inv_temperature,
     softcap,
     SOFTCAP: tl.constexpr,
@@ -57,7 +64,7 @@ def row_stats_kernel(
         offsets = start + tl.arange(0, BLOCK)
         inside = offsets < vocab
         z = tl.load(logits + offsets, mask=inside, other=float("-inf")).to(tl.float32)
-        x, _ = _transform(z, inv_temperature, softcap, SOFTCAP)
+        x, _ = _transform(z, temperature, inv_temperature, softcap, SOFTCAP)
         x = tl.where(inside, x, float("-inf"))  # softcap would make the missing columns finite
         top = tl.maximum(peak, tl.max(x, axis=0))
         base = tl.where(top == float("-inf"), 0.0, top)
@@ -71,10 +78,10 @@ def row_stats_kernel(
     mass = tl.sum(total, axis=0)
     log_mass = tl.log(mass)
     label = tl.load(labels + row)
-    x_label, _ = _transform(tl.load(logits + label).to(tl.float32), inv_temperature, softcap, SOFTCAP)
+    x_label, _ = _transform(tl.load(logits + label).to(tl.float32), temperature, inv_temperature, softcap, SOFTCAP)
     tl.store(logps + row, (x_label - peak) - log_mass)
     tl.store(entropy + row, log_mass - tl.sum(weighted, axis=0) / mass)
-    tl.store(lse + row, peak + log_mass)
+    tl.store(lse + row, tl.cast(peak, tl.float64) + tl.cast(log_mass, tl.float64))
 
 
 @triton.jit(do_not_specialize_on_alignment=["labels", "entropy", "lse", "d_logps", "d_entropy", "d_lse"])
@@ -83,13 +90,14 @@ def row_grads_kernel(
     grads,  # the same memory, as elements of the gradient's dtype, row stride `grad_stride`
     labels,  # (n,) int64
     entropy,  # (n,) float32
-    lse,  # (n,) float32
+    lse,  # (n,) float64
     d_logps,  # (n,) float32, read if HAS_LOGPS
     d_entropy,  # (n,) float32, read if HAS_ENTROPY
     d_lse,  # (n,) float32, read if HAS_LSE
     vocab,
     stride,
     grad_stride,
+    temperature,
     inv_temperature,
     softcap,
     HAS_LOGPS: tl.constexpr,
@@ -104,7 +112,10 @@ def row_grads_kernel(
     logits += row * stride
     grads += row * grad_stride
     label = tl.load(labels + row)
-    row_lse = tl.load(lse + row)
+    exact_lse = tl.load(lse + row)
+    row_lse = exact_lse.to(tl.float32)
+    rest = (exact_lse - row_lse.to(tl.float64)).to(tl.float32)
+    rest = tl.where(row_lse == float("-inf"), 0.0, rest)
     a = 0.0
     c = 0.0
     if HAS_LOGPS:
@@ -118,8 +129,8 @@ def row_grads_kernel(
         offsets = start + tl.arange(0, BLOCK)
         inside = offsets < vocab
         z = tl.load(logits + offsets, mask=inside, other=float("-inf")).to(tl.float32)
-        x, t = _transform(z, inv_temperature, softcap, SOFTCAP)
-        logp = x - row_lse
+        x, t = _transform(z, temperature, inv_temperature, softcap, SOFTCAP)
+        logp = (x - row_lse) - rest
         p = tl.exp(logp)
         g = p * (c - a)
         if HAS_ENTROPY:
@@ -135,6 +146,10 @@ def row_grads_kernel(
         tl.store(grads + offsets, g.to(grads.dtype.element_ty), mask=inside)
 
 
+STATS = (torch.float32, torch.float32, torch.float64)
+"""dtypes of log-prob, entropy and log-sum-exp."""
+
+
 def _block(vocab: int) -> int:
     return min(BLOCK, triton.next_power_of_2(vocab))
 
@@ -142,11 +157,11 @@ def _block(vocab: int) -> int:
 @torch.library.custom_op("advgame_kernels::row_stats", mutates_args=())
 def _row_stats(logits: Tensor, labels: Tensor, temperature: float, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
     rows, vocab = logits.shape
-    out = tuple(torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3))
+    out = tuple(torch.empty(rows, dtype=dtype, device=logits.device) for dtype in STATS)
     if rows:
         with device_of(logits):
             row_stats_kernel[(rows,)](
-                logits, labels, *out, vocab, logits.stride(0), 1.0 / temperature, softcap,
+                logits, labels, *out, vocab, logits.stride(0), temperature, 1.0 / temperature, softcap,
                 SOFTCAP=softcap > 0.0, BLOCK=_block(vocab), num_warps=WARPS,
             )  # fmt: skip
     return out[0], out[1], out[2]
@@ -154,7 +169,7 @@ def _row_stats(logits: Tensor, labels: Tensor, temperature: float, softcap: floa
 
 @_row_stats.register_fake
 def _(logits: Tensor, labels: Tensor, temperature: float, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(3))  # type: ignore[return-value]
+    return tuple(logits.new_empty(logits.shape[0], dtype=dtype) for dtype in STATS)  # type: ignore[return-value]
 
 
 @torch.library.custom_op("advgame_kernels::row_grads_", mutates_args=("logits",))
@@ -176,8 +191,8 @@ def _row_grads_(
     grads = logits if narrow is None else _front(logits, narrow)
     with device_of(logits):
         row_grads_kernel[(rows,)](
-            logits, grads, labels, entropy, lse, *(lse if d is None else d for d in (d_logps, d_entropy, d_lse)),
-            vocab, logits.stride(0), grads.stride(0), 1.0 / temperature, softcap,
+            logits, grads, labels, entropy, lse, *(entropy if d is None else d for d in (d_logps, d_entropy, d_lse)),
+            vocab, logits.stride(0), grads.stride(0), temperature, 1.0 / temperature, softcap,
             HAS_LOGPS=d_logps is not None, HAS_ENTROPY=d_entropy is not None, HAS_LSE=d_lse is not None,
             SOFTCAP=softcap > 0.0, NARROW=narrow is not None, BLOCK=_block(vocab), num_warps=WARPS,
         )  # fmt: skip
@@ -198,7 +213,7 @@ def row_stats(
     labels: Tensor,  # (n,) int64
     temperature: float,
     softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # logps, entropy, lse, each (n,) float32
+) -> tuple[Tensor, Tensor, Tensor]:  # logps, entropy, lse, each (n,)
     """Triton twin of passes_torch.row_stats."""
     return _row_stats(logits, labels, temperature, softcap)
 
@@ -207,7 +222,7 @@ def row_grads_(
     logits: Tensor,  # (n, V), overwritten
     labels: Tensor,  # (n,)
     entropy: Tensor,  # (n,) float32
-    lse: Tensor,  # (n,) float32
+    lse: Tensor,  # (n,) float64
     d_logps: Tensor | None,  # (n,) float32
     d_entropy: Tensor | None,  # (n,) float32
     d_lse: Tensor | None,  # (n,) float32

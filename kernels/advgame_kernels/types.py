@@ -12,7 +12,7 @@ class LogProbs(NamedTuple):
 
     logps: Tensor  # (N,) log-probability of the label, nats
     entropy: Tensor  # (N,) entropy of the row's distribution, nats
-    lse: Tensor  # (N,) log-sum-exp of the (soft-capped, tempered) logits
+    lse: Tensor  # (N,) log-sum-exp of the (soft-capped, tempered) logits; float64 between the two passes
 
 
 class PreferenceOutput(NamedTuple):

@@ -33,7 +33,7 @@ class VocabShard:
 
     def merge(self, local: LogProbs, labels: Tensor) -> LogProbs:
         """Statistics over the whole vocabulary from each rank's, which were made with labels clamped to the shard."""
-        part = torch.stack([local.lse, local.entropy, local.logps])
+        part = torch.stack([local.lse, local.entropy.double(), local.logps.double()])
         parts = part.new_empty((self.ranks, *part.shape))
         dist.all_gather(list(parts.unbind(0)), part, group=self.group)
         shard_lse, shard_entropy, shard_logps = parts.unbind(dim=1)
@@ -43,7 +43,7 @@ class VocabShard:
         terms = torch.where(share > 0, share * (shard_entropy + lse - shard_lse), 0.0)
         owner = (labels // self.size)[None]
         logps = (shard_logps.gather(0, owner) + (shard_lse.gather(0, owner) - lse))[0]
-        return LogProbs(logps, terms.sum(dim=0), lse)
+        return LogProbs(logps.to(local.logps.dtype), terms.sum(dim=0).to(local.entropy.dtype), lse)
 
     def sum_(self, grad: Tensor) -> None:
         """Add up a gradient over the ranks in place."""

@@ -2,7 +2,8 @@
 
 The eager path is the function's own reference, run in the dtypes of the call; float64 is the same reference on the
 same numbers. Beside twice its error, half a unit in the last place of the result's own dtype is allowed, since eager
-code is now and then exact by luck.
+code is now and then exact by luck. Errors are root mean squares pooled over a few random problems: of two or four
+numbers, twice means nothing.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason="no extension"))
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(passes.triton_reason() is not None, reason="no Triton"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Lengths of the sequences, vocabulary, width: ragged pairs, a vocabulary that no block divides; single rows; one id.
-SHAPES = [([12, 7, 9, 15], 501, 32), ([1, 1], 37, 8), ([2, 3], 1, 4)]
+# Lengths of the sequences, vocabulary, width: ragged pairs, a vocabulary that no block divides; sequences of one row.
+SHAPES = [([5, 3, 2, 4, 6, 1, 3, 4, 2, 5, 4, 3, 1, 2, 5, 3], 251, 24), ([1] * 16, 37, 8)]
+SEEDS = 3
 EXTRAS: list[dict[str, Any]] = [{}, {"softcap": 6.0, "temperature": 0.7, "bias": True}]
 DTYPES = [(F32, None), (BF16, None), (BF16, BF16), (F16, None)]
 
@@ -46,33 +48,36 @@ def run(fn: Callable[..., Any], p: HeadProblem, differentiated: tuple[str, ...],
     return Found({k: v.detach() for k, v in out._asdict().items() if v is not None}, grads)
 
 
-def compare(got: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], error: Callable) -> None:
-    assert got.keys() == eager.keys() == exact.keys()
-    for name, want in exact.items():
-        half_ulp = 0.5 * torch.finfo(got[name].dtype).eps * error(want, torch.zeros_like(want))
-        bound = 2 * error(eager[name].double(), want) + half_ulp + 1e-12
-        assert error(got[name].double(), want) <= bound, name
+def compare(got: list[Found], eager: list[Found], exact: list[Found]) -> None:
+    """Over everything of one name in all the problems."""
+    for part in ("values", "grads"):
+        for name in getattr(exact[0], part):
+            ours, low, high = (
+                torch.cat([getattr(f, part)[name].flatten() for f in found]) for found in (got, eager, exact)
+            )
+            half_ulp = 0.5 * torch.finfo(ours.dtype).eps * high.norm()
+            bound = 2 * (low.double() - high).norm() + half_ulp + 1e-12
+            assert (ours.double() - high).norm() <= bound, name
 
 
-def largest(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item() if a.numel() else 0.0
+def check(
+    fn: Any, ref: Any, problems: list[HeadProblem], outputs: tuple[str, ...], args: Any, ours: dict, extras: dict
+) -> None:
+    exact = [p.to(torch.float64) for p in problems]
+    compare(
+        [run(fn, p, outputs, *args(p), **ours, **extras) for p in problems],
+        [run(ref, p, outputs, *args(p), **extras) for p in problems],
+        [run(ref, p, outputs, *args(p), **extras) for p in exact],
+    )
 
 
-def norm(a: Tensor, b: Tensor) -> float:
-    return (a - b).norm().item()
+def problems(shape: tuple[list[int], int, int], dtype: torch.dtype, impl: str) -> list[HeadProblem]:
+    return [problem(shape, dtype, impl, seed) for seed in range(SEEDS)]
 
 
-def check(fn: Any, ref: Any, p: HeadProblem, outputs: tuple[str, ...], args: Any, ours: dict, extras: dict) -> None:
-    exact = p.to(torch.float64)
-    got = run(fn, p, outputs, *args(p), **ours, **extras)
-    low, high = run(ref, p, outputs, *args(p), **extras), run(ref, exact, outputs, *args(exact), **extras)
-    compare(got.values, low.values, high.values, largest)
-    compare(got.grads, low.grads, high.grads, norm)
-
-
-def problem(shape: tuple[list[int], int, int], dtype: torch.dtype, impl: str) -> HeadProblem:
+def problem(shape: tuple[list[int], int, int], dtype: torch.dtype, impl: str, seed: int) -> HeadProblem:
     lengths, vocab, width = shape
-    p = head_problem(lengths, vocab=vocab, width=width)
+    p = head_problem(lengths, vocab=vocab, width=width, seed=seed)
     p.labels[0], p.labels[-1] = 0, vocab - 1  # the ends of the vocabulary
     p = p.to(dtype)
     if impl != "triton" or DEVICE == "cpu":
@@ -84,8 +89,8 @@ def problem(shape: tuple[list[int], int, int], dtype: torch.dtype, impl: str) ->
 def settings(impl: str, dtype: torch.dtype, logits: torch.dtype | None, shape: Any) -> dict[str, Any]:
     if impl == "triton" and BF16 in (dtype, logits) and DEVICE == "cpu":
         pytest.skip("Triton's interpreter has no bfloat16 stores")
-    # 20 rows of float32 logits: several chunks, and a pair that does not fit.
-    return {"impl": impl, "logits_dtype": logits, "chunk_bytes": 20 * shape[1] * 4}
+    # 7 rows of float32 logits: several chunks, and pairs that do not fit.
+    return {"impl": impl, "logits_dtype": logits, "chunk_bytes": 7 * shape[1] * 4}
 
 
 grid = [
@@ -105,7 +110,7 @@ def over_the_grid(test: Any) -> Any:
 @over_the_grid
 def test_linear_logprobs(impl, dtype, logits, extras, shape):
     check(
-        ak.linear_logprobs, ak.linear_logprobs_ref, problem(shape, dtype, impl), ("logps", "entropy", "lse"),
+        ak.linear_logprobs, ak.linear_logprobs_ref, problems(shape, dtype, impl), ("logps", "entropy", "lse"),
         lambda p: (), settings(impl, dtype, logits, shape), extras,
     )  # fmt: skip
 
@@ -114,7 +119,7 @@ def test_linear_logprobs(impl, dtype, logits, extras, shape):
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
 def test_linear_preference_loss(kind, impl, dtype, logits, extras, shape):
     check(
-        ak.linear_preference_loss, ak.linear_preference_loss_ref, problem(shape, dtype, impl), ("loss",),
+        ak.linear_preference_loss, ak.linear_preference_loss_ref, problems(shape, dtype, impl), ("loss",),
         lambda p: (p.bounds, p.ref_logps), settings(impl, dtype, logits, shape),
         extras | {"kind": kind, "nll_weight": 0.2, "entropy_weight": 0.1},
     )  # fmt: skip
@@ -134,26 +139,38 @@ def tokens(p: HeadProblem) -> dict[str, Tensor]:
 
 @over_the_grid
 def test_linear_policy_loss(impl, dtype, logits, extras, shape):
-    p = problem(shape, dtype, impl)
-    given = tokens(p)
-
-    def ours(fn):
-        def call(hidden, weight, labels, **kw):
-            wide = {k: v.double() if hidden.dtype == torch.float64 else v for k, v in given.items()}
-            return fn(hidden, weight, labels, **wide, kl_beta=0.1, truncation=1.1, entropy_weight=0.1, **kw)
+    def on_tokens(fn):
+        def call(hidden, weight, labels, given, **kw):
+            return fn(hidden, weight, labels, **given, kl_beta=0.1, truncation=1.1, entropy_weight=0.1, **kw)
 
         return call
 
+    cases = problems(shape, dtype, impl)
+    given = {id(p.labels): tokens(p) for p in cases}  # float64 copies of a problem share its labels
+
+    def args(p: HeadProblem) -> tuple[dict[str, Tensor]]:
+        return ({k: v.to(p.ref_logps.dtype) for k, v in given[id(p.labels)].items()},)
+
     check(
-        ours(ak.linear_policy_loss), ours(ak.linear_policy_loss_ref), p, ("loss",), lambda p: (),
+        on_tokens(ak.linear_policy_loss), on_tokens(ak.linear_policy_loss_ref), cases, ("loss",), args,
         settings(impl, dtype, logits, shape), extras,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("impl", ["torch", NATIVE, TRITON])
+def test_a_vocabulary_of_one(impl):
+    """Everything is certain: log-probs, entropies and gradients of zero."""
+    p = problem(([2, 3], 1, 4), F32, impl, 0)
+    out = ak.linear_logprobs(p.hidden, p.weight, p.labels, temperature=0.7, softcap=6.0, impl=impl)
+    grads = torch.autograd.grad(out.logps.sum() + out.entropy.sum(), (p.hidden, p.weight))
+    for x in (out.logps, out.entropy, *grads):
+        torch.testing.assert_close(x, torch.zeros_like(x), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("impl", ["torch", NATIVE, TRITON])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("shape", [(1, 1), (5, 37), (9, 501)])
+@pytest.mark.parametrize("shape", [(20, 5), (30, 37), (9, 501)])
 @pytest.mark.parametrize("offset", [0.0, -80.0])
 def test_selective_logprobs(impl, dtype, temperature, shape, offset):
     if (impl, dtype) == ("native", F16):
@@ -172,8 +189,7 @@ def test_selective_logprobs(impl, dtype, temperature, shape, offset):
         out = fn(leaf, labels, temperature=temperature, **kw)
         grads = {k: torch.autograd.grad(v.sum(), leaf, retain_graph=True)[0] for k, v in out._asdict().items()}
         found.append(Found({k: v.detach() for k, v in out._asdict().items()}, grads))
-    compare(*(f.values for f in found), largest)
-    compare(*(f.grads for f in found), norm)
+    compare(*([f] for f in found))
 
 
 @pytest.mark.parametrize("impl", ["torch", TRITON])
@@ -192,9 +208,11 @@ def test_losses_of_log_probs(impl, kind):
     leaves = [logps.clone().requires_grad_(), logps.clone().requires_grad_(), logps.double().requires_grad_()]
     out = ak.preference_loss(leaves[0], ref, kind=kind, beta=0.3, impl=impl)._asdict()
     low, high = plain(leaves[1], ref), plain(leaves[2], ref.double())
-    compare({k: out[k].detach() for k in low}, low, high, largest)
-    grads = [torch.autograd.grad(x["loss"], leaf)[0] for x, leaf in zip((out, low, high), leaves, strict=True)]
-    compare(*({"gradient": x} for x in grads), norm)
+    found = []
+    for x, leaf in zip((out, low, high), leaves, strict=True):
+        grad = torch.autograd.grad(x["loss"], leaf)[0]
+        found.append([Found({k: x[k].detach() for k in low}, {"gradient": grad})])
+    compare(*found)
 
 
 def test_bfloat16_margins_are_nearer_to_float64_than_eager_ones():
