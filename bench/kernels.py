@@ -1,7 +1,8 @@
 """The kernel library against its floors and its peers: `python -m bench kernels --device cpu|cuda [--grid] [--out]`.
 
-Floors come first, then every contender against them. `--out` writes bench/results/<device>-<date>.json and its plot;
-`--check` runs the tests first. On the CPU memory is measured in processes of their own (bench/memory.py).
+Floors come first, then every contender against them. `--out` writes kernels-<device>-<date>.json and its plot into
+bench/results; `--check` runs the tests first. On the CPU memory is measured in processes of their own
+(bench/memory.py).
 """
 
 from __future__ import annotations
@@ -75,11 +76,11 @@ def fewer_rows(case: HeadCase) -> HeadCase:
     return replace(case, rows=max(8, case.rows // 4), response=max(4 * case.pairs, case.response // 4))
 
 
-def write(result: dict[str, Any], folder: Path) -> None:
-    """<folder>/<device>-<date>.json and its plot."""
+def write(result: dict[str, Any], folder: Path, device: torch.device) -> None:
+    """<folder>/kernels-<cpu, or the GPU's name>-<date>.json and its plot."""
     folder.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
-    path = folder / f"{slug}-{datetime.date.today().isoformat()}.json"
+    slug = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-") if device.type == "cuda" else device.type
+    path = folder / f"kernels-{slug}-{datetime.date.today().isoformat()}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     draw(result, path.with_suffix(".svg"))
     print(f"\nwritten: {path} and .svg")
@@ -98,7 +99,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--grid", action="store_true", help="three models' heads, 1 k to 32 k rows, 30 to 100 %% response"
     )
-    parser.add_argument("--out", nargs="?", const=RESULTS, type=Path, help="write <device>-<date>.json and .svg here")
+    parser.add_argument(
+        "--out", nargs="?", const=RESULTS, type=Path, help="write kernels-<device>-<date>.json and .svg here"
+    )
     parser.add_argument("--slow", action="store_true", help="also the peers that take minutes on a CPU")
     parser.add_argument("--check", action="store_true", help="run tests/kernels first, and stop if they fail")
     options = parser.parse_args(arguments)
@@ -112,7 +115,12 @@ def main(arguments: list[str]) -> int:
     print(f"{device_name(device)}; torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
     memory = bandwidth(device, repeats)
     print(f"memory: copy {memory.copy / 1e9:.1f} GB/s, in place {memory.in_place / 1e9:.1f} GB/s, reads + writes")
-    result: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "bytes_per_s": asdict(memory)}
+    result: dict[str, Any] = {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "bytes_per_s": asdict(memory),
+    }
     result["margins"] = margin_errors(device)
     for name, case in cases(options).items():
         result[name] = bench_preference(case, device, options.repeats or REPEATS[options.device], options.slow)
@@ -130,5 +138,5 @@ def main(arguments: list[str]) -> int:
         result |= bench_vectors(device, repeats, memory)
     result["marks"] = marks(result, device)
     if options.out:
-        write(result, options.out)
+        write(result, options.out, device)
     return 0

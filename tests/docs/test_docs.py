@@ -36,9 +36,10 @@ def test_the_site_builds_strictly(tmp_path):
     assert (tmp_path / "index.html").is_file()
 
 
-def test_the_page_of_settings_is_current():
+@pytest.mark.parametrize("script", ["settings-reference.py", "measured-tables.py"])
+def test_what_scripts_write_into_pages_is_current(script):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "settings-reference.py"), "--check"],
+        [sys.executable, str(ROOT / "scripts" / script), "--check"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
