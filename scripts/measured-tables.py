@@ -1,0 +1,250 @@
+"""Fills the measured tables of README and docs from bench/results: scripts/measured-tables.py [--check].
+
+A table stands between `<!-- measured: NAME -->` and `<!-- end -->`; NAME is a function of `TABLES`, and the newest file
+of its benchmark is read. No figure of such a table is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+PAGES = ("README.md", "kernels/README.md", "docs/step.md", "docs/vllm.md", "docs/game.md")
+BLOCK = re.compile(r"(<!-- measured: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Result = dict[str, Any]
+
+
+def newest(pattern: str) -> Path:
+    """The last file of a benchmark by the date in its name; FileNotFoundError if it never ran."""
+    found = sorted(RESULTS.glob(pattern), key=lambda path: (path.stem[-10:], path.name))
+    if not found:
+        raise FileNotFoundError(f"no {pattern} in bench/results: run its benchmark with --out")
+    return found[-1]
+
+
+def rows(head: list[str], body: list[list[str]]) -> list[str]:
+    """A Markdown table, all columns but the first to the right."""
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *body]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def mib(size: float | None) -> str:
+    return "" if size is None else f"{size / 2**20:.0f}"
+
+
+def kernels(result: Result) -> list[str]:
+    """Preference loss by dtype, then the log-prob pass."""
+    lines = []
+    for name, part in result.items():
+        if name.startswith("preference: "):
+            ours = next(iter(part["timings"].values()))["milliseconds"]
+            body = [
+                [who, f"{t['milliseconds']:.0f}", f"{t['milliseconds'] / ours:.2f}",
+                 f"{t['milliseconds'] / part['floor_ms']:.2f}", mib(t["extra_bytes"])]
+                for who, t in part["timings"].items()
+            ]  # fmt: skip
+            floor = ["*three bare GEMMs (floor)*", f"{part['floor_ms']:.0f}", f"{part['floor_ms'] / ours:.2f}", "1", ""]
+            lines += [f"Preference loss, forward and backward: {name.removeprefix('preference: ')}.", ""]
+            lines += [*rows(["", "ms", "× ours", "× floor", "extra MiB"], [floor, *body]), ""]
+    body = []
+    for name, part in result.items():
+        if name.startswith("logprobs: "):
+            cells = {who: f"{t['milliseconds']:.0f}" for who, t in part["forward"].items()}
+            others = ", ".join(f"{who} {cell}" for who, cell in cells.items() if who != "ours")
+            dtype = name.removeprefix("logprobs: ")
+            body.append(
+                [f"{part['rows']} × {part['vocab']}, {dtype}", cells["ours"], f"{part['share_of_copy']:.0%}", others]
+            )
+    lines += ["Log-prob, entropy and log-sum-exp of logits, forward, ms.", ""]
+    return [*lines, *rows(["", "ours", "of copy bandwidth", "others"], body)]
+
+
+def ema(result: Result) -> list[str]:
+    """The average with its converted copy, of one model."""
+    part = result["100m"]
+    body = [
+        [who, f"{t['milliseconds']:.0f}", f"{part['floor_ms'] / t['milliseconds']:.0%}"]
+        for who, t in part["timings"].items()
+    ]
+    floor = [
+        f"*{part['bytes'] / 1e9:.2f} GB at {part['copy_bytes_per_s'] / 1e9:.1f} GB/s (floor)*",
+        f"{part['floor_ms']:.0f}",
+        "100%",
+    ]
+    title = f"{part['parameters'] / 1e6:.0f} M parameters, float32 average and bfloat16 copy."
+    return [title, "", *rows(["", "ms", "of copy bandwidth"], [floor, *body])]
+
+
+def publish(result: Result) -> list[str]:
+    """A publish into a live vLLM engine, by way."""
+    ways = result["publish_ms"]
+    ours = next(iter(ways.values()))
+    body = [
+        [
+            who,
+            f"{w['total']:.0f}",
+            f"{w['delivery']:.0f}",
+            f"{w['total'] / ours['total']:.1f}",
+            f"{w['delivery'] / ours['delivery']:.1f}",
+        ]
+        for who, w in ways.items()
+    ]
+    title = (
+        f"{result['parameters'] / 1e6:.0f} M parameters, vLLM {result['vllm']}; the average's own pass takes "
+        f"{result['average_ms']:.0f} ms of each."
+    )
+    return [title, "", *rows(["", "whole, ms", "delivery, ms", "× ours, whole", "× ours, delivery"], body)]
+
+
+def step(result: Result) -> list[str]:
+    """The waterfall of one step."""
+    body = [
+        [
+            who,
+            f"{w['seconds']:.2f}",
+            f"{w['tokens_per_second']:.0f}",
+            f"{w['utilisation']:.0%}",
+            mib(w["peak_bytes"]),
+            f"{w['gradient_gap']:.0e}",
+        ]
+        for who, w in result["ways"].items()
+    ]
+    case = result["case"]
+    title = (
+        f"{case['size']}-shaped head, {case['layers']} layers, {case['dtype']}, {case['pairs']} pairs; "
+        f"{result['lengths']}, seed {result['seed']}. "
+        f"Ours: {result['times_as_fast']:.2f} times as fast as the published way, "
+        f"{result['share_of_peak']:.2f} of its peak memory."
+    )
+    return [title, "", *rows(["", "s", "tokens/s", "of GEMM rate", "peak MiB", "gradient gap"], body)]
+
+
+def play(result: Result) -> list[str]:
+    """Play with and without barriers."""
+    body = [[who, f"{m['seconds']:.2f}", f"{m['trees_per_hour']:.0f}"] for who, m in result["median"].items()]
+    ratio = f"{result['ratio']:.2f} times the trees a second"
+    title = f"{result['trees']} trees a round, log-normal lengths, the same trees: {ratio} without barriers."
+    return [title, "", *rows(["", "s", "trees an hour"], body)]
+
+
+def loop(result: Result) -> list[str]:
+    """Whole steps of the tiny world, in step and ahead."""
+    made = result["result"]
+    ways = {way: row for way, row in made.items() if isinstance(row, dict) and "wall" in row}
+    parts = ("wall", "play", "learn", "hidden")
+    body = [[way, *(f"{row[part]:.1f}" for part in parts), f"{row['trees_per_hour']:.0f}"] for way, row in ways.items()]
+    title = (
+        f"{result['config']}, {result['steps']} steps, {result['seeds']} seeds: `run.ahead: 1` hides "
+        f"{made['hidden_share']:.0%} of the shorter of play and learning."
+    )
+    figures = [
+        [
+            name,
+            f"{f['in step']:.3f}",
+            f"{f['ahead']:.3f}",
+            "" if f["standard_error"] is None else f"{f['standard_error']:.3f}",
+        ]
+        for name, f in made["figures"].items()
+    ]
+    return [
+        title, "", *rows(["median run, seconds", "wall", "play", "learn", "hidden", "trees an hour"], body), "",
+        *rows(["mean at the end", "in step", "ahead", "standard error of the difference"], figures),
+    ]  # fmt: skip
+
+
+def read(name: str) -> tuple[Path, Result]:
+    """The newest file of a table's benchmark, and what is in it."""
+    path = newest(TABLES[name][1])
+    return path, json.loads(path.read_text(encoding="utf-8"))
+
+
+def summary() -> list[str]:
+    """One line a benchmark, for the front page."""
+    body = []
+
+    def line(name: str, what: str, ours: str, against: str) -> None:
+        path = read(name)[0]
+        body.append([what, ours, against, f"[`bench {TABLES[name][0]}`](bench/results/{path.name})"])
+
+    for name, part in read("kernels-cpu")[1].items():
+        if name.startswith("preference: "):
+            seconds = {who: t["milliseconds"] / 1e3 for who, t in part["timings"].items()}
+            first = next(iter(seconds))
+            rivals = ("eager torch", "eager torch, all rows", "TRL, chunked log-probs", "Liger, fused linear DPO")
+            against = ", ".join(f"{who} {seconds[who]:.1f}" for who in rivals if who in seconds)
+            dtype = part["case"]["dtype"]
+            line("kernels-cpu", f"DPO loss and gradients, V 151936, {dtype}, s", f"{seconds[first]:.1f}", against)
+    part = read("ema-cpu")[1]["100m"]
+    others = {who: t["milliseconds"] for who, t in part["timings"].items()}
+    what = f"EMA + bfloat16 copy, {part['parameters'] / 1e6:.0f} M parameters, ms"
+    against = f"copy bandwidth {part['floor_ms']:.0f}, lerp + cast + copy {others['foreach lerp, cast, copy']:.0f}"
+    line("ema-cpu", what, f"{others['ours']:.0f}", against)
+    ways = list(read("publish-cpu")[1]["publish_ms"].items())
+    against = ", ".join(f"{who} {way['total']:.0f}" for who, way in ways[1:])
+    line("publish-cpu", "publish into live vLLM, 138 M parameters, ms", f"{ways[0][1]['total']:.0f}", against)
+    made = read("step-cpu")[1]
+    seconds = {who: way["seconds"] for who, way in made["ways"].items()}
+    against = f"published way {seconds['published']:.1f}; peak memory {made['share_of_peak']:.0%} of its"
+    line("step-cpu", "one training step, 0.5B-shaped head, s", f"{seconds['ours']:.1f}", against)
+    made = read("play-cpu")[1]
+    middle = {who: m["seconds"] for who, m in made["median"].items()}
+    line(
+        "play-cpu",
+        "play of 64 trees on vLLM, s",
+        f"{middle['no barriers']:.1f}",
+        f"stage by stage {middle['stage by stage']:.1f}",
+    )
+    made = read("loop-cpu")[1]["result"]
+    line(
+        "loop-cpu",
+        "tiny world, `run.ahead: 1`, s",
+        f"{made['ahead']['wall']:.0f}",
+        f"in step {made['in step']['wall']:.0f}",
+    )
+    return rows(["on two CPU cores", "ours", "against", "source"], body)
+
+
+TABLES: dict[str, tuple[str, str, Callable[[Result], list[str]]]] = {
+    "kernels-cpu": ("kernels", "kernels-cpu-*.json", kernels),
+    "ema-cpu": ("ema", "ema-cpu-*.json", ema),
+    "publish-cpu": ("publish", "publish-cpu-*.json", publish),
+    "step-cpu": ("step", "step-0.5b-cpu-*.json", step),
+    "play-cpu": ("play", "play-3-engines-cpu-*.json", play),
+    "loop-cpu": ("loop", "loop-tiny-cpu-*.json", loop),
+}
+"""Name of a table: benchmark, its files, what is made of one."""
+
+
+def block(name: str, page: Path) -> str:
+    """The text of one table, with its source."""
+    if name == "summary":
+        return "\n".join([*summary(), ""])
+    bench, _, made = TABLES[name]
+    path, result = read(name)
+    threads = f", {result['threads']} threads" if "threads" in result else ""
+    device = f"{result['device']}{threads}, torch {result['torch']}"
+    link = os.path.relpath(path, page.parent) if page.parent == ROOT else path.name
+    where = f"[{path.name}]({link})" if page.parent == ROOT else f"`bench/results/{path.name}`"
+    return "\n".join([*made(result), "", f"Source: `python -m bench {bench}`, {where}; {device}.", ""])
+
+
+def filled(page: Path) -> str:
+    """A page's text with its tables renewed."""
+    text = page.read_text(encoding="utf-8")
+    return BLOCK.sub(lambda match: match[1] + block(match[2], page) + match[3], text)
+
+
+if __name__ == "__main__":
+    stale = [page for page in map(ROOT.joinpath, PAGES) if page.read_text(encoding="utf-8") != filled(page)]
+    if "--check" in sys.argv:
+        sys.exit("".join(f"{page.relative_to(ROOT)} is out of date; run {sys.argv[0]}\n" for page in stale) or 0)
+    for page in stale:
+        page.write_text(filled(page), encoding="utf-8")
