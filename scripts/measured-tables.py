@@ -83,7 +83,7 @@ def ema(result: Result) -> list[str]:
     ]
     title = (
         f"{part['parameters'] / 1e6:.0f} M parameters, float32 average and bfloat16 copy: {part['bytes'] / 1e9:.2f} GB "
-        f"read and written, {least[0]:.0f} ms at the rate of torch's copy, {least[1]:.0f} ms at that of an update in place."
+        f"moved, {least[0]:.0f} ms at the rate of torch's copy, {least[1]:.0f} ms at that of an update in place."
     )
     return [title, "", *rows(head, body)]
 
