@@ -9,12 +9,9 @@ memory.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import advgame_kernels as ak
@@ -22,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.floors import Bandwidth, bandwidth
-from bench.kernels import device_name
+from bench.records import device_name, save
 from bench.shapes import MODELS, parameter_shapes
 from bench.timing import alternate
 
@@ -159,9 +156,5 @@ def main(arguments: list[str]) -> int:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if options.out:
-        date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-        target = Path(__file__).parent / "results" / f"ema-{device.type}-{date}.json"
-        target.parent.mkdir(exist_ok=True)
-        target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(f"written: {target.name}")
+        save(result, f"ema-{device.type}")
     return 0

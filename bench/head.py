@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from bench import peers
 from bench.floors import HeadShape, three_gemms
 from bench.memory import peak_in_child
-from bench.timing import alternate, table
+from bench.records import reason as reason_of
+from bench.timing import Timing, alternate, table
 
 BETA = 0.1
 ERRORS = (ImportError, RuntimeError, TypeError, ValueError, AttributeError, torch.OutOfMemoryError)
@@ -159,7 +160,7 @@ def bench_preference(case: HeadCase, device: torch.device, repeats: int, slow: b
                 # not in generated code alone.
                 run(problem if device.type != "cpu" or name in peers.COMPILED else little)
         except ERRORS as error:
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            reason = reason_of(error)
         if reason is None:
             runs[name] = lambda run=run: run(problem)
         else:
@@ -168,6 +169,11 @@ def bench_preference(case: HeadCase, device: torch.device, repeats: int, slow: b
     timings = alternate(runs, device, repeats, warm=True)
     timings = {n: replace(t, extra_bytes=memory.get(n, t.extra_bytes)) for n, t in timings.items()}
     print(table("  forward and backward", timings, floor))
+    return measured(case, floor, timings, left_out)
+
+
+def measured(case: HeadCase, floor: float, timings: Mapping[str, Timing], left_out: dict[str, str]) -> dict[str, Any]:
+    """What a result keeps of one work on a head. floor: ms."""
     return {
         "case": asdict(case) | {"dtype": str(case.dtype).removeprefix("torch.")},
         "floor_ms": floor,

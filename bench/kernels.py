@@ -8,9 +8,6 @@ bench/results; `--check` runs the tests first. On the CPU memory is measured in 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import re
 import subprocess
 import sys
@@ -26,10 +23,10 @@ from bench.logits import bench_logprobs
 from bench.margins import margin_errors
 from bench.marks import marks
 from bench.plots import draw
+from bench.records import RESULTS, device_name, save
 from bench.tokens import bench_policy, bench_tokens
 from bench.vectors import bench_vectors
 
-RESULTS = Path(__file__).parent / "results"
 # The issue's head and batch on the CPU, an 8 B model's on a GPU; --grid takes each of GRID's with every number of rows.
 SIZES = {
     "cpu": {"vocab": 151_936, "width": 896, "rows": 2048, "response": 0.6, "pairs": 4},
@@ -38,15 +35,6 @@ SIZES = {
 REPEATS = {"cpu": 2, "cuda": 7}  # rounds of the head, whose contenders take seconds each on a CPU
 GRID = {"Qwen2.5-0.5B": (151_936, 896), "Qwen2.5-7B": (152_064, 3584), "Llama-3.1-8B": (128_256, 4096)}
 GRID_ROWS, GRID_RESPONSE = (1024, 4096, 8192, 32_768), (0.3, 0.6, 1.0)
-
-
-def device_name(device: torch.device) -> str:
-    """The accelerator's or the processor's own name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    found = re.search(r"model name\s*:\s*(.+)", text)
-    return found.group(1).strip() if found else platform.processor() or "cpu"
 
 
 def cases(options: argparse.Namespace) -> dict[str, HeadCase]:
@@ -76,14 +64,10 @@ def fewer_rows(case: HeadCase) -> HeadCase:
     return replace(case, rows=max(8, case.rows // 4), response=max(4 * case.pairs, case.response // 4))
 
 
-def write(result: dict[str, Any], folder: Path, device: torch.device) -> None:
+def keep(result: dict[str, Any], folder: Path, device: torch.device) -> None:
     """<folder>/kernels-<cpu, or the GPU's name>-<date>.json and its plot."""
-    folder.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-") if device.type == "cuda" else device.type
-    path = folder / f"kernels-{slug}-{datetime.date.today().isoformat()}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, path.with_suffix(".svg"))
-    print(f"\nwritten: {path} and .svg")
+    draw(result, save(result, f"kernels-{slug}", folder).with_suffix(".svg"))
 
 
 def main(arguments: list[str]) -> int:
@@ -138,5 +122,5 @@ def main(arguments: list[str]) -> int:
         result |= bench_vectors(device, repeats, memory)
     result["marks"] = marks(result, device)
     if options.out:
-        write(result, options.out, device)
+        keep(result, options.out, device)
     return 0

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bench.floors import Bandwidth
 from bench.head import ERRORS
+from bench.records import reason
 from bench.timing import alternate, table
 
 Pass = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
@@ -46,7 +47,7 @@ def running(runs: Mapping[str, Callable[[], object]], left_out: dict[str, str]) 
         try:
             run()
         except ERRORS as error:
-            left_out[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            left_out[name] = reason(error)
             print(f"  {name}: left out ({left_out[name]})")
         else:
             found[name] = run

@@ -10,7 +10,6 @@ whose play and learning nothing slows down. With several seeds the final figures
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import statistics
@@ -26,7 +25,7 @@ import torch
 from advgame.game.play import Table
 from advgame.game.tree import Seed, Tree
 from advgame.run import names
-from bench.kernels import RESULTS, device_name
+from bench.records import device_name, save
 from bench.stages import play_stages
 
 BARRED, STEPWISE, AHEAD = "barriers", "in step", "ahead"
@@ -184,12 +183,9 @@ def main(arguments: list[str]) -> int:
     )
     print(report(runs, result))
     if options.out:
-        date = datetime.datetime.now(datetime.UTC).date().isoformat()
         head = {
             "device": device_name(device), "torch": torch.__version__, "config": options.config.stem,
             "steps": options.steps, "seeds": options.seeds, "settings": dict(options.set),
         }  # fmt: skip
-        target = RESULTS / f"loop-{options.config.stem}-{device.type}-{date}.json"
-        target.write_text(json.dumps(head | {"result": result, "runs": runs}, indent=1) + "\n", encoding="utf-8")
-        print(target.name)
+        save(head | {"result": result, "runs": runs}, f"loop-{options.config.stem}-{device.type}")
     return 0

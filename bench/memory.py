@@ -14,6 +14,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from bench.records import reason
+
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -31,7 +33,7 @@ def _child(prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, .
         run()
         answer.send((_kibibytes("VmHWM") - before) << 10)
     except Exception as error:  # crosses a process: the parent says who failed and why
-        answer.send(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        answer.send(reason(error))
 
 
 def peak_in_child(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> int | str | None:

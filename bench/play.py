@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import datetime
-import json
 import statistics
 import sys
 import tempfile
@@ -35,7 +33,6 @@ from advgame.rollout.engine import Sampling
 from advgame.rollout.settings import VllmSettings
 from advgame.rollout.speaker import Speaker
 from advgame.rollout.vllm_engine import VllmEngine
-from bench.kernels import device_name
 from bench.play_cast import (
     DEVIATION,
     PROMPT,
@@ -48,6 +45,7 @@ from bench.play_cast import (
     seeds_of,
     without_logprobs,
 )
+from bench.records import device_name, save
 from bench.stages import play_stages
 
 ROLES = ("attacker", "defender", "judge")
@@ -207,9 +205,5 @@ def main(arguments: list[str]) -> int:
     print(f"  equal trees in all three (tokens, verdicts, representatives): {total - result['differ']} of {total}")
     if options.out:
         result |= {"options": vars(options), "device": name, "vllm": version, "torch": torch.__version__}
-        date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-        target = Path(__file__).parent / "results" / f"play-{options.engines}-engines-cpu-{date}.json"
-        target.parent.mkdir(exist_ok=True)
-        target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(target.name)
+        save(result, f"play-{options.engines}-engines-cpu")
     return 1 if result["differ"] else 0

@@ -7,11 +7,9 @@ open over CUDA IPC, as an engine does (publish_cuda.py), which needs no vLLM.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import time
-from pathlib import Path
 
+from bench.records import save
 from bench.shapes import MODELS
 
 
@@ -32,9 +30,5 @@ def main(arguments: list[str]) -> int:
     result = ways.run(options)
     if options.out:
         result["seconds"] = time.time() - started
-        date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-        target = Path(__file__).parent / "results" / f"publish-{options.device}-{date}.json"
-        target.parent.mkdir(exist_ok=True)
-        target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(target.name)
+        save(result, f"publish-{options.device}")
     return 0

@@ -24,7 +24,7 @@ from advgame.publish.cuda_memory import CudaMemory, device_id, open_shared, shar
 from advgame.publish.destinations import Destinations
 from advgame.publish.plan import Copy, Plan, Region, Source, Storage
 from bench.floors import copy_bandwidth
-from bench.kernels import device_name
+from bench.records import device_name
 from bench.shapes import named_shapes
 
 DECAY = 0.95

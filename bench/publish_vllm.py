@@ -34,7 +34,7 @@ from advgame.rollout.engine import Request, Sampling
 from advgame.rollout.settings import VllmSettings
 from advgame.rollout.vllm_engine import VllmEngine
 from bench.floors import copy_bandwidth
-from bench.kernels import device_name
+from bench.records import device_name
 from bench.timing import alternate
 
 DECAY = 0.95

@@ -10,7 +10,6 @@ bench/step_case.py.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import shlex
@@ -33,8 +32,8 @@ from advgame.game.pairs import Pair
 from advgame.learn.packing import pack
 from advgame.malloc import keep_freed_memory
 from bench.floors import HeadShape, three_gemms
-from bench.kernels import RESULTS, device_name
 from bench.peak import Peak
+from bench.records import RESULTS, device_name, save, today, write
 from bench.step_case import SEED, SHAPES, Case, layers_that_fit, model_of, pairs_of, useful_flops
 from bench.step_ways import PUBLISHED_PARTS, WAYS, Contender, learner_of
 
@@ -187,9 +186,11 @@ def main(arguments: list[str]) -> int:
         result = measure(case, Path(made), ways, chosen.rounds, launch)
     print(report(result))
     if chosen.out is not None:
-        name = "-".join([*(device_name(device).split() if gpu else ["cpu"]), result["date"]])
-        target = chosen.out / f"step-{chosen.size}-{name}.json" if chosen.out.is_dir() else chosen.out
-        target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if chosen.out.is_dir():
+            machine = device_name(device).split() if gpu else ["cpu"]
+            save(result, "-".join(["step", chosen.size, *machine]), chosen.out)
+        else:
+            write(result, chosen.out)
     return 0 if result["equal_gradients"] else 1
 
 
@@ -251,7 +252,7 @@ def measure(case: Case, folder: Path, ways: Sequence[str], rounds: int, launch: 
             "gradient_gap": own["gap"], "whole_gradient_gap": own["whole_gap"],
         }  # fmt: skip
     result = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "device": device_name(device),
+        "date": today(), "device": device_name(device),
         "threads": torch.get_num_threads(), "torch": torch.__version__, "case": asdict(case), "seed": SEED,
         "lengths": case.lengths, "prompt_tokens": sum(len(p.chosen.prompt_ids) for p in pairs),
         "response_tokens": sum(len(s.token_ids) for s in samples),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench import peers
 from bench.floors import three_gemms
-from bench.head import HeadCase
+from bench.head import HeadCase, measured
 from bench.logits import running
 from bench.timing import alternate, table
 
@@ -130,12 +130,7 @@ def _bench(title: str, tail: Tail, case: HeadCase, device: torch.device, repeats
         runs = {name: run for name, run in runs.items() if name not in left_out}
     timings = alternate(running(runs, left_out), device, repeats, warm=True)
     print(table("  forward and backward", timings, floor))
-    return {
-        "case": asdict(case) | {"dtype": str(case.dtype).removeprefix("torch.")},
-        "floor_ms": floor,
-        "timings": {k: asdict(v) for k, v in timings.items()},
-        "left_out": left_out,
-    }
+    return measured(case, floor, timings, left_out)
 
 
 def bench_tokens(case: HeadCase, device: torch.device, repeats: int, slow: bool = False) -> dict[str, Any]:

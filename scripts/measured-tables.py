@@ -22,14 +22,6 @@ BLOCK = re.compile(r"(<!-- measured: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Result = dict[str, Any]
 
 
-def newest(pattern: str) -> Path:
-    """The last file of a benchmark by the date in its name; FileNotFoundError if it never ran."""
-    found = sorted(RESULTS.glob(pattern), key=lambda path: (path.stem[-10:], path.name))
-    if not found:
-        raise FileNotFoundError(pattern)
-    return found[-1]
-
-
 def rows(head: list[str], body: list[list[str]]) -> list[str]:
     """A Markdown table, all columns but the first to the right."""
     lines = [head, ["---", *["--:"] * (len(head) - 1)], *body]
@@ -165,22 +157,19 @@ def loop(result: Result) -> list[str]:
     ]  # fmt: skip
 
 
-def read(name: str) -> tuple[Path, Result]:
-    """The newest file of a table's benchmark, and what is in it."""
-    path = newest(TABLES[name][1])
-    return path, json.loads(path.read_text(encoding="utf-8"))
+def read(name: str) -> tuple[Path, Result] | None:
+    """The last file of a table's benchmark by the date in its name, and what is in it; None if it never ran."""
+    found = sorted(RESULTS.glob(TABLES[name][1]), key=lambda path: (path.stem[-10:], path.name))
+    return (found[-1], json.loads(found[-1].read_text(encoding="utf-8"))) if found else None
 
 
 def summary() -> list[str]:
     """One line a benchmark, for the front page."""
     body = []
     for name, lines in LINES.items():
-        try:
-            path, result = read(name)
-        except FileNotFoundError:
-            continue
-        link = f"[`bench {TABLES[name][0]}`](bench/results/{path.name})"
-        body += [[*line, link] for line in lines(result)]
+        if (found := read(name)) is not None:
+            link = f"[`bench {TABLES[name][0]}`](bench/results/{found[0].name})"
+            body += [[*line, link] for line in lines(found[1])]
     return rows(["on two CPU cores", "ours", "against", "source"], body)
 
 
@@ -250,10 +239,10 @@ def block(name: str, page: Path) -> str:
     if name == "summary":
         return "\n".join([*summary(), ""])
     bench, _, made = TABLES[name]
-    try:
-        path, result = read(name)
-    except FileNotFoundError:
+    found = read(name)
+    if found is None:
         return f"`python -m bench {bench} --out` fills this table; no run on an idle machine is on record yet.\n"
+    path, result = found
     threads = f", {result['threads']} threads" if "threads" in result else ""
     device = f"{result['device']}{threads}, torch {result['torch']}"
     link = os.path.relpath(path, page.parent) if page.parent == ROOT else path.name

@@ -4,6 +4,7 @@ Without a GPU, Triton kernels run in Triton's interpreter; that is decided here,
 workers of a session share one cache of the tiny world's players, made by whoever needs them first.
 """
 
+import asyncio
 import os
 import shutil
 import sys
@@ -41,3 +42,10 @@ def pytest_collection_modifyitems(items):
         path = item.path.relative_to(root).as_posix()
         if not path.startswith(SPREAD):
             item.add_marker(pytest.mark.xdist_group(path))
+
+
+@pytest.fixture(scope="module")
+def runner():
+    """One event loop for a file's engines."""
+    with asyncio.Runner() as made:
+        yield made

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field, PositiveInt
@@ -147,7 +147,10 @@ async def open_model(
         return RemoteModel(speaker, endpoint.concurrency)
     folder = spec.model_folder()
     tokenizer = load_tokenizer(folder, spec.field) if form != "raw" else raw_tokenizer(folder, spec.field)
-    engine = await _engine(spec, folder, tokenizer, settings, name, counters)
+    dtype = settings.dtype if torch.cuda.is_available() else "float32"
+    engine = await open_engine(
+        spec, folder, tokenizer, name=name, dtype=dtype, vllm=settings.vllm, counters=counters, batch=settings.batch
+    )
     width = settings.vllm.max_sequences if spec.engine == "vllm" else settings.batch
     chat = chat_format(spec, tokenizer) if form == "chat" else FORMS[form](tokenizer)
     return LocalModel(Speaker(name, engine, chat, sampling, seed, settings.retries, counters=counters), engine, width)
@@ -166,26 +169,29 @@ def raw_tokenizer(folder: Path, field: str) -> PreTrainedTokenizerBase:
     return found
 
 
-async def _engine(
+async def open_engine(
     spec: ModelSpec,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
-    settings: EngineSettings,
+    *,
     name: str,
+    dtype: str,
+    vllm: VllmSettings,
     counters: Counter[str],
+    **embedded: Any,
 ) -> Engine:
+    """The running engine of a model folder, on the GPU if there is one. `embedded`: what a TransformersEngine may be
+    told besides. Raises InputError or EngineError, and leaves no engine then."""
     stops = stop_ids(folder, tokenizer)
-    on_gpu = torch.cuda.is_available()
-    dtype = settings.dtype if on_gpu else "float32"
     if spec.engine == "vllm":
         engine: Engine = VllmEngine(
-            folder, name=name, settings=settings.vllm, dtype=dtype, stop_ids=stops, channel=None, restore=None,
-            counters=counters,
-        )  # fmt: skip
+            folder, name=name, settings=vllm, dtype=dtype, stop_ids=stops, channel=None, restore=None, counters=counters
+        )
     else:
-        model = load_model(folder, spec.field, dtype=getattr(torch, dtype)).to("cuda" if on_gpu else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_model(folder, spec.field, dtype=getattr(torch, dtype)).to(device)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
-        engine = TransformersEngine(model, stop_ids=stops, pad_id=pad, batch=settings.batch)
+        engine = TransformersEngine(model, stop_ids=stops, pad_id=pad, **embedded)
     try:
         await engine.start()
     except EngineError:

@@ -12,6 +12,7 @@ from itertools import pairwise
 from advgame.lab.jobs import Job
 from advgame.lab.variants import CLAIMS, Claim
 from advgame.run import names
+from advgame.run.recorder import read_metrics
 
 MEASURES = {
     "harm": "exploitability: worst disclosure over trained framings, mean over intents",
@@ -82,13 +83,8 @@ def measured(job: Job) -> dict[str, float]:
 
 def series(job: Job, metric: str) -> list[tuple[int, float]]:
     """(step, value) of a metric over a run."""
-    found = []
-    with (job.folder / "metrics.jsonl").open(encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            if (value := row.get(metric)) is not None:
-                found.append((int(row["step"]), float(value)))
-    return found
+    rows = read_metrics(job.folder / "metrics.jsonl")
+    return [(int(row["step"]), float(row[metric])) for row in rows if row.get(metric) is not None]
 
 
 def rows_of(jobs: Sequence[Job]) -> list[Row]:

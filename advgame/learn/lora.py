@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from advgame.errors import InputError
 from advgame.learn.settings import LoraSettings
+from advgame.rollout.chat import first_line
 
 _ADAPTER = "default"
 _SAVED = "base_model.model."
@@ -28,26 +30,29 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings, field: str) -> 
     """
     if find_spec("peft") is None:
         raise InputError("learn.lora: adapters need peft; pip install peft, or leave learn.lora out")
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import inject_adapter_in_model
 
     targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft divides it by the rank: any number will do
-        target_modules=targets,
-        lora_dropout=0.0,
-    )
+    config = _config(settings, targets, lora_dropout=0.0)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)  # every start of a run begins from the same A
             inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
     except ValueError as error:
-        raise InputError(f"learn.lora.targets: {field}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"learn.lora.targets: {field}: {first_line(error)}") from error
     head = model.get_output_embeddings()
     for name, layer in _layers(model):
         # the fused losses read the head's own weight: an adapter beside it would be left out in silence
         if layer is head or not isinstance(layer.base_layer, nn.Linear):
             raise InputError(f"learn.lora.targets: {name} is no linear layer of the decoder; leave it out")
+
+
+def _config(settings: LoraSettings, targets: str | list[str], **more: Any) -> Any:
+    """peft's LoraConfig; alpha, which it divides by the rank, may be any number."""
+    from peft import LoraConfig
+
+    alpha: Any = settings.alpha
+    return LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=targets, **more)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -101,18 +106,11 @@ def merged(model: nn.Module, adapters: Mapping[str, Tensor]) -> Iterator[tuple[s
 
 def save_adapters(folder: Path, adapters: Mapping[str, Tensor], settings: LoraSettings) -> None:
     """An adapter folder as peft reads it."""
-    from peft import LoraConfig
-
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {_saved_name(n): t.detach().cpu().contiguous() for n, t in adapters.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     targets = sorted({n.split(".lora_")[0].rsplit(".", 1)[-1] for n in adapters})
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft divides it by the rank: any number will do
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
+    config = _config(settings, targets, task_type="CAUSAL_LM")
     config.inference_mode = True
     config.save_pretrained(str(folder))
 

@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-import torch
 from transformers import AutoConfig
 
-from advgame.evals.models import chat_format
+from advgame.evals.models import chat_format, open_engine
 from advgame.evals.named import ModelSpec
-from advgame.learn.load import load_model
 from advgame.redteam.targets import LocalModel, Model, RemoteModel
-from advgame.rollout.chat import load_tokenizer, stop_ids
-from advgame.rollout.engine import Engine
+from advgame.rollout.chat import load_tokenizer
 from advgame.rollout.settings import VllmSettings
-from advgame.rollout.transformers_engine import TransformersEngine
-from advgame.rollout.vllm_engine import VllmEngine
 
 
 @dataclass
@@ -48,22 +43,11 @@ class Models:
     async def _local(self, spec: ModelSpec, name: str) -> LocalModel:
         folder = spec.model_folder()
         tokenizer = load_tokenizer(folder, spec.field)
-        stops = stop_ids(folder, tokenizer)
         positions = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
-        engine: Engine
         if spec.engine == "vllm":
-            engine = VllmEngine(
-                folder, name=name, settings=self.vllm, dtype=self.dtype, stop_ids=stops, channel=None, restore=None,
-                counters=self.counters,
-            )  # fmt: skip
             positions = min(positions or 1 << 62, self.vllm.max_model_len or 1 << 62)
-        else:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            engine = TransformersEngine(
-                load_model(folder, spec.field, dtype=getattr(torch, self.dtype)).to(device),
-                stop_ids=stops,
-                pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0],
-                deterministic=not self.remote,
-            )
-        await engine.start()
+        engine = await open_engine(
+            spec, folder, tokenizer, name=name, dtype=self.dtype, vllm=self.vllm, counters=self.counters,
+            deterministic=not self.remote,
+        )  # fmt: skip
         return LocalModel(name, spec.identity(), engine, chat_format(spec, tokenizer), positions, self.counters)

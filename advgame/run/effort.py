@@ -85,7 +85,8 @@ class Totals:
         """Trees an hour (evaluation left out), seconds by stage, engine-seconds by role, the judge's share, energy."""
         playing = self.sums[names.STEP_SECONDS] - self.sums[names.stage_seconds("validate")]
         stages = (*names.STAGES, "hidden")
-        energy = {k.removeprefix(names.ENERGY_PREFIX): v for k, v in self.sums.items() if k.startswith("energy/")}
+        spent = {k: v for k, v in self.sums.items() if k.startswith(names.ENERGY_PREFIX)}
+        energy = {k.removeprefix(names.ENERGY_PREFIX): v for k, v in spent.items()}
         roles = [role for role in (*names.ROLES, "judge") if names.engine_seconds(role) in self.sums]
         return {
             "trees_per_hour": 3600 * self.sums["trees"] / playing if playing > 0 else None,

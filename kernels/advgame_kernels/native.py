@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advgame_kernels.types import LogProbs
+from advgame_kernels.types import STATS_DTYPES, LogProbs
 
 try:
     _native: Any = importlib.import_module("advgame_kernels._native")
@@ -54,14 +54,10 @@ _library.define(
 )
 
 
-STATS = (torch.float32, torch.float32, torch.float64)
-"""dtypes of log-prob, entropy and log-sum-exp."""
-
-
 @torch.library.impl(_library, "native_row_stats", "CPU")
 def _row_stats(logits: Tensor, labels: Tensor, temperature: float, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
     rows, vocab = logits.shape
-    logps, entropy, lse = (torch.empty(rows, dtype=dtype) for dtype in STATS)
+    logps, entropy, lse = (torch.empty(rows, dtype=dtype) for dtype in STATS_DTYPES)
     _native.row_stats(
         logits.data_ptr(), CODES[logits.dtype], rows, vocab, logits.stride(0), labels.data_ptr(), temperature, softcap,
         logps.data_ptr(), entropy.data_ptr(), lse.data_ptr(), torch.get_num_threads(),
@@ -71,7 +67,7 @@ def _row_stats(logits: Tensor, labels: Tensor, temperature: float, softcap: floa
 
 @torch.library.register_fake("advgame_kernels::native_row_stats", lib=_library)
 def _(logits: Tensor, labels: Tensor, temperature: float, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
-    logps, entropy, lse = (logits.new_empty(logits.shape[0], dtype=dtype) for dtype in STATS)
+    logps, entropy, lse = (logits.new_empty(logits.shape[0], dtype=dtype) for dtype in STATS_DTYPES)
     return logps, entropy, lse
 
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from advgame_kernels._launch import device_of
+from advgame_kernels.types import STATS_DTYPES
 
 BLOCK = 4096
 WARPS = 8
@@ -146,10 +147,6 @@ def row_grads_kernel(
         tl.store(grads + offsets, g.to(grads.dtype.element_ty), mask=inside)
 
 
-STATS = (torch.float32, torch.float32, torch.float64)
-"""dtypes of log-prob, entropy and log-sum-exp."""
-
-
 def _block(vocab: int) -> int:
     return min(BLOCK, triton.next_power_of_2(vocab))
 
@@ -157,7 +154,7 @@ def _block(vocab: int) -> int:
 @torch.library.custom_op("advgame_kernels::row_stats", mutates_args=())
 def _row_stats(logits: Tensor, labels: Tensor, temperature: float, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
     rows, vocab = logits.shape
-    out = tuple(torch.empty(rows, dtype=dtype, device=logits.device) for dtype in STATS)
+    out = tuple(torch.empty(rows, dtype=dtype, device=logits.device) for dtype in STATS_DTYPES)
     if rows:
         with device_of(logits):
             row_stats_kernel[(rows,)](
@@ -169,7 +166,7 @@ def _row_stats(logits: Tensor, labels: Tensor, temperature: float, softcap: floa
 
 @_row_stats.register_fake
 def _(logits: Tensor, labels: Tensor, temperature: float, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(logits.new_empty(logits.shape[0], dtype=dtype) for dtype in STATS)  # type: ignore[return-value]
+    return tuple(logits.new_empty(logits.shape[0], dtype=dtype) for dtype in STATS_DTYPES)  # type: ignore[return-value]
 
 
 @torch.library.custom_op("advgame_kernels::row_grads_", mutates_args=("logits",))

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+STATS_DTYPES = (torch.float32, torch.float32, torch.float64)
+"""Log-prob, entropy and log-sum-exp of a row as the C++ and Triton passes hand them from one to the other."""
 
 
 class LogProbs(NamedTuple):

@@ -1,6 +1,5 @@
 """Weights broadcast in buckets into live vLLM engines on the CPU, through gloo: right tokens, two workers, deaths."""
 
-import asyncio
 import os
 import signal
 import time
@@ -16,12 +15,6 @@ from advgame.publish.plan import sources_of
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def runner():
-    with asyncio.Runner() as made:
-        yield made
 
 
 def opened(runner, tmp_path, first, *, tied=True, **kwargs):

@@ -26,12 +26,6 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def runner():
-    with asyncio.Runner() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
 def pair():
     return [models.model(seed=s, hidden=engines.HIDDEN) for s in (0, 1)]
 

@@ -1,7 +1,5 @@
 """Weights written into live vLLM engines on the CPU, proven by greedy tokens of transformers with the same weights."""
 
-import asyncio
-
 import engines
 import models
 import pytest
@@ -15,12 +13,6 @@ pytestmark = pytest.mark.slow
 
 PROMPTS = [(3, 9, 10), (3, 9, 10, 11, 12, 13), (3, 14)]
 LONG = 48
-
-
-@pytest.fixture(scope="module")
-def runner():
-    with asyncio.Runner() as made:
-        yield made
 
 
 def writer(model):

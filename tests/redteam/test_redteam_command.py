@@ -279,17 +279,23 @@ def test_no_more_starts_a_minute_than_asked_for(tmp_path, seeds):
     assert times[-1] - times[0] > 0.9 * 11 * 60 / 1200
 
 
+def started(line, server, asked):
+    """The command in a process of its own that has asked the server so many times."""
+    process = subprocess.Popen([sys.executable, "-m", "advgame.cli", *line], env=os.environ)
+    give_up = time.monotonic() + 60
+    while len(server.seen) < asked:
+        assert process.poll() is None
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    return process
+
+
 def test_a_killed_process_goes_on_and_repeats_nothing(tmp_path, seeds, whole):
     """SIGKILL in the middle; whatever had been answered and read is on the record."""
     out = tmp_path / "out"
     with Server(delay=0.05) as server:
         line = words(server, seeds, out, concurrency=2)
-        process = subprocess.Popen([sys.executable, "-m", "advgame.cli", *line], env=os.environ)
-        give_up = time.monotonic() + 60
-        while len(server.seen) < 30:
-            assert process.poll() is None
-            assert time.monotonic() < give_up
-            time.sleep(0.01)
+        process = started(line, server, 30)
         process.kill()
         process.wait()
         recorded = len(records(out)) if (out / "queries.jsonl").read_text().endswith("\n") else None
@@ -304,11 +310,7 @@ def test_ctrl_c_waits_for_what_is_paid_for(tmp_path, seeds, whole):
     out = tmp_path / "out"
     with Server(delay=0.1) as server:
         line = words(server, seeds, out, concurrency=4)
-        process = subprocess.Popen([sys.executable, "-m", "advgame.cli", *line], env=os.environ)
-        give_up = time.monotonic() + 60
-        while len(server.seen) < 20:
-            assert time.monotonic() < give_up
-            time.sleep(0.01)
+        process = started(line, server, 20)
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
         assert len(records(out)) == len(server.seen) < 108

@@ -19,12 +19,6 @@ PROMPTS = [(3, 9, 10), (3, 9, 10, 11, 12, 13), (3, 14)]
 
 
 @pytest.fixture(scope="module")
-def runner():
-    with asyncio.Runner() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
 def model():
     return models.model(hidden=engines.HIDDEN, seed=1)
 

@@ -1,6 +1,5 @@
 """A judge's engine on real vLLM: stop texts, and rubrics that are computed once."""
 
-import asyncio
 import dataclasses
 
 import engines
@@ -14,12 +13,6 @@ from advgame.rollout.engine import EngineError
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def runner():
-    with asyncio.Runner() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

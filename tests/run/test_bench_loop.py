@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import loop
+from bench import loop, records
 from bench.loop import AHEAD, BARRED, STEPWISE, compare, noise, report
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
@@ -45,7 +45,7 @@ def test_noise():
 
 @pytest.mark.slow
 def test_three_short_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
     few = ["--steps", "3", "--seeds", "1", "--set", "data.harmful", "2", "--set", "data.benign", "2"]
     assert loop.main(["--config", str(TINY), *few, "--out"]) == 0
     (file,) = tmp_path.glob("loop-tiny-*.json")

@@ -1,0 +1,48 @@
+"""Where results lie, what a machine is called in them, and why a contender is not among them."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's or the processor's own name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    return found.group(1).strip() if found else platform.processor() or "cpu"
+
+
+def today() -> str:
+    """The date of a result, in UTC."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+def save(result: Mapping[str, Any], name: str, folder: Path | None = None) -> Path:
+    """Writes <folder>/<name>-<date>.json (bench/results by default); prints and returns where."""
+    folder = RESULTS if folder is None else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    return write(result, folder / f"{name}-{today()}.json")
+
+
+def write(result: Mapping[str, Any], path: Path) -> Path:
+    """Writes `path` as JSON; prints and returns it."""
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {path.name}")
+    return path
+
+
+def reason(error: Exception) -> str:
+    """Why a contender could not run, in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
