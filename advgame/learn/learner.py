@@ -23,6 +23,7 @@ from advgame.game.tree import Sample
 from advgame.learn import lora
 from advgame.learn.attention import choose_backend, packed_hidden, use_packed_attention
 from advgame.learn.compute import checkpoint_layers, compiled_decoder
+from advgame.learn.embedding import embed_in_place
 from advgame.learn.load import load_model
 from advgame.learn.meter import Meter
 from advgame.learn.micro import micro_batches
@@ -120,6 +121,8 @@ class Learner:
         self._decoder = compiled_decoder(self.model) if settings.compile else None
         if settings.lora is not None:
             lora.add_adapters(self.model, settings.lora, field)
+        if not settings.compile:
+            embed_in_place(self.model)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.shadow: dict[str, Tensor] = snapshot(self.parameters) if ema else {}
         refers = settings.objective in ("grpo", "reinforce") or settings.reference == "initial"
