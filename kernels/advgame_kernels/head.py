@@ -19,7 +19,7 @@ from advgame_kernels._checks import linear_head, non_negative, refuse
 from advgame_kernels.types import LogProbs
 from advgame_kernels.vocab_parallel import VocabShard, make_shard
 
-CPU_CHUNK_BYTES = 128 << 20
+CPU_CHUNK_BYTES = 192 << 20
 # On a GPU each chunk also reads and writes the whole float32 dWeight; 4 k rows make that a few per cent of the GEMMs.
 CUDA_CHUNK_BYTES = 1 << 30
 

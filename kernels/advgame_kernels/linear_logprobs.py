@@ -91,7 +91,7 @@ def linear_logprobs(
     """log softmax(softcap·tanh((hidden @ weight.T + bias)/softcap) / temperature) at the labels, entropy, log-sum-exp.
 
     All three outputs, (N,) float32 (float64 for float64 inputs) in nats, are differentiable with respect to
-    hidden, weight and bias. At most `chunk_bytes` of logits exist at once (None: 128 MiB on the CPU, 1 GiB on a
+    hidden, weight and bias. At most `chunk_bytes` of logits exist at once (None: 192 MiB on the CPU, 1 GiB on a
     GPU), in `logits_dtype` (None: float32, or float64). Since gradients of arbitrary outputs are known only in
     the backward pass, that recomputes the logits: four GEMMs; `linear_preference_loss` and `linear_policy_loss`
     need three. The gradient of the weight accumulates in float32 and is not computed for a frozen weight; that of

@@ -186,7 +186,7 @@ def linear_preference_loss(
 
     The gradient is computed together with the loss: three GEMMs (logits, dHidden, dWeight), four for a pair
     longer than the chunk budget, one under no_grad; none for a frozen weight's dWeight, which otherwise
-    accumulates in float32. Extra memory: `chunk_bytes` of logits (None: 128 MiB on the CPU, 1 GiB on a GPU) in
+    accumulates in float32. Extra memory: `chunk_bytes` of logits (None: 192 MiB on the CPU, 1 GiB on a GPU) in
     `logits_dtype` (None: float32, float64 for float64 inputs; the head's own dtype is faster and puts its
     rounding into the margins), and dWeight. A float32 master weight beside half-precision hidden states is
     converted once, and its gradient stays in float32.
