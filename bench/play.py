@@ -35,6 +35,7 @@ from advgame.rollout.speaker import Speaker
 from advgame.rollout.vllm_engine import VllmEngine
 from bench.play_cast import (
     DEVIATION,
+    MODELS,
     PROMPT,
     SEED,
     Given,
@@ -174,7 +175,8 @@ def main(arguments: list[str]) -> int:
     """Command line; prints a table, and writes JSON with `--out`. Exit code 1: the contenders played other trees."""
     parser = argparse.ArgumentParser(prog="python -m bench play", description=__doc__)
     parser.add_argument("--engines", type=int, choices=(1, 3), default=3, help="of one thread each")
-    parser.add_argument("--seeds", type=int, default=64)
+    parser.add_argument("--model", choices=tuple(MODELS), default="25m", help="parameters of the random model")
+    parser.add_argument("--seeds", type=int, default=16)
     parser.add_argument("--attacks", type=int, default=2)
     parser.add_argument("--responses", type=int, default=2)
     parser.add_argument("--median", type=float, default=75.0, help="tokens of an attack or response")
@@ -191,10 +193,11 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     version = vllm_start.vllm_version("bench play")
     with tempfile.TemporaryDirectory() as folder:
-        result = asyncio.run(measure(model_folder(Path(folder), options.positions), options))
+        result = asyncio.run(measure(model_folder(Path(folder), options.positions, options.model), options))
     name = device_name(torch.device("cpu"))
     print(f"{name}, vLLM {version}, torch {torch.__version__}; engines of one thread: {options.engines}")
     print(
+        f"a random Qwen2 of {options.model} parameters; "
         f"{options.seeds} seeds, A = {options.attacks}, D = {options.responses}; prompts normal, mean {PROMPT:g}, "
         f"deviation {DEVIATION:g}; completions log-normal, sigma 0.6, median {options.median:g} "
         f"(judge {options.judge_median:g}), cut {options.cut}, seed {SEED}; "

@@ -107,12 +107,18 @@ def without_logprobs(tree: Tree) -> Tree:
     return replace(tree, attacks=tuple(map(attack, tree.attacks)))
 
 
-def model_folder(folder: Path, positions: int) -> Path:
-    """A random Qwen2 of 0.1 M parameters, saved: a forward costs about the same for one sequence and for many, as a
-    decoding step of a large model on a GPU does, which reads all weights for either."""
+MODELS = {"0.1m": (64, 2), "25m": (512, 8)}
+"""Width and layers. In the small one a row of a decoding step costs what vLLM spends on a row; the large one's weights
+do not fit a core's caches, so that a step costs about the same for one row and for some, as on a GPU."""
+
+
+def model_folder(folder: Path, positions: int, size: str) -> Path:
+    """A random Qwen2 of one of MODELS, saved."""
+    width, layers = MODELS[size]
     config = AutoConfig.for_model(
-        "qwen2", vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=positions, tie_word_embeddings=True,
+        "qwen2", vocab_size=VOCABULARY, hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers,
+        num_attention_heads=width // 32, num_key_value_heads=2, max_position_embeddings=positions,
+        tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(SEED)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
