@@ -17,7 +17,7 @@ from advgame.game.dataset import add_data_arguments
 from advgame.lab.arguments import add_lab_arguments
 from advgame.plan.arguments import add_plan_arguments
 from advgame.redteam.command import add_redteam_arguments
-from advgame.report.arguments import add_report_arguments
+from advgame.report.arguments import add_report_arguments, add_resources_arguments
 
 MISSING = {
     "pydantic": "train", "yaml": "train", "transformers": "train", "rich": "train", "tensorboard": "train",
@@ -86,6 +86,11 @@ COMMANDS = (
         "report", "write an HTML page about runs",
         "Writes one self-contained HTML file: curves, signs of failure, and a browser of trees.",
         add_report_arguments, "advgame.report.command:run_report",
+    ),
+    Command(
+        "resources", "compare what runs used at equal quality",
+        "Adds up time, memory and energy of runs to the step at which each was first good enough.",
+        add_resources_arguments, "advgame.report.resources:run_resources",
     ),
     Command(
         "config", "show settings", "Shows settings; runs nothing.",

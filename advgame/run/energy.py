@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from advgame.run import names
+
 RAPL = Path("/sys/class/powercap")
 JOULES_PER_KWH = 3.6e6
 
@@ -73,6 +75,14 @@ class NvmlCounters:
         return {i: self._nvml.nvmlDeviceGetUtilizationRates(h).gpu / 100 for i, h in self._handles.items()}
 
 
+def resident_bytes() -> int:
+    """Of this process, now; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
 def gpu_roles(engines: Mapping[str, str], visible: str | None) -> dict[str, list[int]]:
     """NVML's indices of the GPUs of a run by what works there: {"trainer": [0], "attacker+judge": [1]}.
 
@@ -86,8 +96,8 @@ def gpu_roles(engines: Mapping[str, str], visible: str | None) -> dict[str, list
             if index.strip().isdigit():
                 roles.setdefault(int(index), []).append(role)
     found: dict[str, list[int]] = {}
-    for gpu, names in sorted(roles.items()):
-        found.setdefault("+".join(names), []).append(gpu)
+    for gpu, here in sorted(roles.items()):
+        found.setdefault("+".join(here), []).append(gpu)
     return found
 
 
@@ -125,7 +135,7 @@ class EnergyMeter:
         return found
 
     def lap(self) -> dict[str, float]:
-        """Metrics since the last lap: `energy/...` in joules and watts, and always the processor seconds used.
+        """Metrics since the last lap: `energy/...` in joules and watts; always the processor seconds and memory used.
 
         Energy of a whole package or GPU is counted, whoever else uses it.
         """
@@ -133,7 +143,7 @@ class EnergyMeter:
         spent = {name: value - self._before.get(name, 0.0) for name, value in now.items()}
         self._before = now
         seconds = max(spent.pop("at"), 1e-9)
-        values = {"energy/process_cpu_s": spent.pop("cpu_s")}
+        values = {names.PROCESS_SECONDS: spent.pop("cpu_s"), names.PROCESS_MEMORY: resident_bytes() / 2**30}
         if not spent:
             return values
         total = sum(spent.values())

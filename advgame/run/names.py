@@ -23,6 +23,9 @@ LATE_TREES = "play/late_trees"
 
 ENERGY_PREFIX = "energy/"
 """What a step used, as far as this machine's counters can be read; processor seconds always."""
+PROCESS_SECONDS = "energy/process_cpu_s"
+PROCESS_MEMORY = "energy/process_memory_gib"
+"""Resident memory of the trainer's process."""
 ENERGY_SUMS = ("_joules", "/joules", "/co2e_g", "/process_cpu_s")
 """How the names of those end that add up over steps."""
 

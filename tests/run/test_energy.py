@@ -50,7 +50,8 @@ def test_what_cannot_be_measured_is_said_and_not_zero(tmp_path):
     assert meter.note.startswith("energy: not available (NVML: ")
     assert "RAPL: no package counters" in meter.note
     values = meter.lap()
-    assert list(values) == ["energy/process_cpu_s"]
+    assert list(values) == ["energy/process_cpu_s", "energy/process_memory_gib"]
+    assert 0.01 < values["energy/process_memory_gib"] < 1000
 
 
 def test_process_seconds_are_those_that_were_used(tmp_path):
