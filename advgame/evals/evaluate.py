@@ -31,6 +31,7 @@ from advgame.evals.metrics import Result, scoreboard
 from advgame.evals.named import ModelSpec, parse_model, short_names
 from advgame.evals.pairwise import Question, load_alpaca, load_arena
 from advgame.evals.row import EvalRow
+from advgame.evals.row_index import RowIndex
 from advgame.evals.score import classify_store, results_of
 from advgame.evals.stats import Estimate
 from advgame.evals.store import Store, digest
@@ -113,7 +114,9 @@ async def evaluate(e: Evaluation, watch: Watch) -> None:
         await _complete(e, spec, name, rows, watch)
     for one in e.suite.sets:
         settings = e.suite.classifier_of(one)
-        wanted = {digest(row.id) for row in rows[one.label]()}
+        wanted = RowIndex()
+        for row in rows[one.label]():
+            wanted.add(digest(row.id))
         for name, results in (await classify_set(e, one, settings, watch, wanted)).items():
             e.results.setdefault(name, []).extend(results)
     for pair in e.suite.pairwise:
@@ -151,7 +154,7 @@ async def classify_set(
     one: SetSettings,
     settings: ClassifierSettings,
     watch: Watch,
-    wanted: set[int] | None,
+    wanted: RowIndex | None,
     *,
     labels: bool = True,
 ) -> dict[str, list[Result]]:

@@ -12,6 +12,7 @@ from typing import TypeVar
 from advgame.evals.models import EngineSettings, Opened, open_model
 from advgame.evals.named import ModelSpec
 from advgame.evals.row import EvalRow
+from advgame.evals.row_index import RowIndex
 from advgame.evals.store import Store, completion_line, digest
 from advgame.evals.suites import Generation, SetSettings
 from advgame.rollout.engine import EngineError, Sampling
@@ -112,12 +113,14 @@ async def generate(
 
     Raises EngineError when a server is down; the store is intact then.
     """
-    wanted = {digest(row.id): request_digest(row, sampling, generator.identity, generator.seed) for row in rows()}
+    wanted = RowIndex()
+    for row in rows():
+        wanted[digest(row.id)] = request_digest(row, sampling, generator.identity, generator.seed)
     done, dropped = store.open(lambda name: wanted.get(digest(name)))
     counts = Counter({"rows": len(wanted), "dropped": dropped, "kept": sum(key in wanted for key in done)})
     finished = counts["kept"]
-    tick(finished, len(wanted))
-    if finished == len(wanted):
+    tick(finished, counts["rows"])
+    if finished == counts["rows"]:
         store.close()
         return counts
     model = await generator.opened()
@@ -140,7 +143,7 @@ async def generate(
         counts["failed" if error else "made"] += 1
         counts["cut"] += finish == "length"
         finished += 1
-        tick(finished, len(wanted))
+        tick(finished, counts["rows"])
         strikes.hit(error)
 
     try:

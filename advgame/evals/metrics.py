@@ -7,14 +7,14 @@ says), and the classifier does not tell this quantity (`untold`).
 
 from __future__ import annotations
 
-from array import array
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from advgame.evals.classify import Verdict
 from advgame.evals.row import EvalRow
-from advgame.evals.stats import Estimate, macro, micro
+from advgame.evals.stats import Estimate, Groups, micro
 
 Family = Literal["safety", "over-refusal", "utility", "judge"]
 
@@ -166,11 +166,14 @@ BY: Mapping[str, tuple[str, ...]] = {
 
 @dataclass
 class Tally:
-    """Numbers of one metric as they come; eight bytes a row, and eight more for a macro mean."""
+    """Numbers of one metric as they come, held as counts: of each value, and for a macro mean of each group.
+
+    A label has two values, StrongREJECT's score nine, a number of queries as many as there are; groups are behaviours.
+    """
 
     convention: Convention
-    values: array[float] = field(default_factory=lambda: array("d"))
-    groups: array[int] = field(default_factory=lambda: array("q"))
+    values: Counter[float] = field(default_factory=Counter)
+    groups: Groups = field(default_factory=Groups)
     failed: int = 0
     parse_errors: int = 0
     untold: int = 0
@@ -187,13 +190,13 @@ class Tally:
             value = self.convention.value(row, verdict)
             self.untold += value is None and not self.convention.quiet
         if value is not None:
-            self.values.append(value)
+            self.values[value] += 1
             if self.convention.form == "macro":
-                self.groups.append(hash(row.group))
+                self.groups.add(row.group, value)
 
     def estimate(self, seed: int) -> Estimate | None:
         if self.convention.form == "macro":
-            return macro(zip(self.groups, self.values, strict=True), seed=seed)
+            return self.groups.macro(seed=seed)
         return micro(self.values, seed=seed)
 
 

@@ -22,7 +22,7 @@ bootstrap means. A question with a game missing is left out, as upstream.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ import numpy as np
 
 from advgame.errors import InputError
 from advgame.evals.row import EvalRow, optional, rows_of, text_of
-from advgame.evals.stats import Estimate, bootstrap_means, interval, micro
+from advgame.evals.stats import Estimate, interval, micro
 from advgame.game.rows import Row
 
 Game = int
@@ -174,11 +174,8 @@ def arena_score(compared: Sequence[Compared], seed: int = 0, resamples: int = 10
         for game in one.games:
             assert game is not None
             battles += [(np.sign(game) + 1) / 2] * (STRONG if abs(game) == 2 else 1)
-    if not battles:
-        return None
-    data = np.array(battles)
-    low, high = interval(bootstrap_means(data, seed=seed, resamples=resamples), 0.90)
-    return Estimate(float(data.mean()), low, high, questions)
+    rate = micro(battles, seed=seed, resamples=resamples, level=0.90)
+    return None if rate is None else replace(rate, n=questions)
 
 
 Order = Literal["A>>B", "A>B", "A=B", "B>A", "B>>A"]

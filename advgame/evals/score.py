@@ -9,6 +9,7 @@ from advgame.evals.classify import Classifier, Verdict
 from advgame.evals.generate import Strikes, Tick, pool
 from advgame.evals.metrics import Result, Scoreboard
 from advgame.evals.row import EvalRow
+from advgame.evals.row_index import RowIndex
 from advgame.evals.store import Line, Store, digest, item_of, row_of, verdict_line, verdict_of
 from advgame.game.parsing import after_reasoning
 
@@ -45,7 +46,7 @@ async def classify_store(
     def rows() -> Iterator[tuple[EvalRow, str | None]]:
         return ((row_of(line), line.get("error")) for line in completions.lines() if _is(line, wanted))
 
-    requests: dict[int, int] = {}
+    requests = RowIndex()
     labelled = 0
     for row, _ in rows():
         requests[digest(row.id)] = verdict_request(row, identity, labels=labels)
@@ -54,7 +55,7 @@ async def classify_store(
     counts = Counter({"rows": len(requests), "dropped": dropped, "kept": sum(key in requests for key in done)})
     counts["labels"] = labelled
     finished = counts["kept"]
-    tick(finished, len(requests))
+    tick(finished, counts["rows"])
     guard = strikes or Strikes(None, "classifications")
 
     async def one(pair: tuple[EvalRow, str | None]) -> None:
@@ -73,7 +74,7 @@ async def classify_store(
         counts["failed"] += verdict.error is not None
         verdicts.add(verdict_line(row, requests[digest(row.id)], verdict))
         finished += 1
-        tick(finished, len(requests))
+        tick(finished, counts["rows"])
 
     try:
         await pool((pair for pair in rows() if digest(pair[0].id) not in done), one, width)

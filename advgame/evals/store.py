@@ -1,8 +1,8 @@
 """Completions and verdicts on disk: JSONL that is written line by line, survives a kill, and is resumed by row id.
 
 A store holds one good line a row. Opening it for writing first drops what shall be made anew: a line cut off by a
-kill, failures, and lines whose `request` digest says that prompt, sampling or model were others. Memory: two numbers a
-row.
+kill, failures, and lines whose `request` digest says that prompt, sampling or model were others. Which rows are done is
+an index on disk: memory does not grow with the rows.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import IO, Any
 from advgame.errors import InputError
 from advgame.evals.classify import Item, Verdict
 from advgame.evals.row import EvalRow
+from advgame.evals.row_index import RowIndex
 from advgame.game.parsing import after_reasoning
 
 Line = dict[str, Any]
@@ -51,13 +52,13 @@ class Store:
                     ) from error
                 yield line
 
-    def open(self, wanted: Callable[[str], int | None]) -> tuple[set[int], int]:
+    def open(self, wanted: Callable[[str], int | None]) -> tuple[RowIndex, int]:
         """Readies the file for `add`. `wanted`: a row's request digest by id, None for rows that are not of this run.
 
         Returns the digests of the ids that are done, and how many lines were dropped.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        done: set[int] = set()
+        done = RowIndex()
         dropped = 0
         fresh = self.path.with_name(f".{self.path.name}.tmp")
         with fresh.open("w", encoding="utf-8") as out:

@@ -1,6 +1,11 @@
 """Means and their bootstrap intervals, by hand and by known properties."""
 
-import numpy as np
+import math
+import random
+from collections import Counter
+from itertools import product
+
+import pytest
 
 from advgame.evals.stats import bootstrap_means, macro, micro
 
@@ -17,19 +22,32 @@ def test_micro_and_macro_differ_as_they_must():
 
 def test_intervals_are_seeded_and_hold_the_mean():
     data = [1.0] * 30 + [0.0] * 70
-    one, again, other = micro(data, seed=1), micro(data, seed=1), micro(data, seed=2)
+    one, again = micro(data, seed=1), micro(data, seed=1)
     assert one == again
-    assert (one.low, one.high) != (other.low, other.high)
+    graded = [i**0.5 for i in range(50)]
+    assert micro(graded, seed=1).low != micro(graded, seed=2).low
     assert one.low < 0.3 < one.high
     # 1.96 standard errors of a share of 0.3 in 100: 0.09
     assert abs((one.high - one.low) / 2 - 0.09) < 0.02
 
 
-def test_the_bootstrap_is_that_of_plain_numpy():
-    data = np.arange(7.0)
-    generator = np.random.Generator(np.random.Philox(5))
-    expected = data[generator.integers(0, 7, (50, 7))].mean(1)
-    np.testing.assert_array_equal(bootstrap_means(data, seed=5, resamples=50), expected)
+def test_the_bootstrap_is_that_of_rows_drawn_with_replacement():
+    """Every one of the 4 ** 4 equally likely draws, enumerated, against what is drawn from counts."""
+    rows = [0.0, 0.5, 0.5, 2.0]
+    expected = Counter(sum(draw) / 4 for draw in product(rows, repeat=4))
+    drawn = 200_000
+    found = Counter(bootstrap_means(Counter(rows), seed=5, resamples=drawn).tolist())
+    assert set(found) == set(expected)
+    for mean, ways in expected.items():
+        share = ways / 4**4
+        assert abs(found[mean] / drawn - share) < 5 * math.sqrt(share * (1 - share) / drawn)
+
+
+def test_rows_and_their_counts_give_one_figure_in_any_order():
+    rows = [0.25, 1.0, 0.0, 1.0, 0.125] * 7
+    shuffled = random.Random(1).sample(rows, len(rows))
+    assert micro(rows) == micro(shuffled) == micro(Counter(rows))
+    assert macro((i % 5, v) for i, v in enumerate(rows)).value == pytest.approx(sum(rows) / len(rows))
 
 
 def test_macro_intervals_resample_groups():
