@@ -39,6 +39,7 @@ class Way:
     fused_loss: bool = False  # logits in chunks, gradients with them
     shared: bool = False  # the prompt of a pair once
     rollout: bool = False  # the sampler's log-probs are the reference
+    embedding_rows: bool = False  # the embedding's gradient in place
     micro_pairs: int | None = None  # pairs of one forward; None: all
 
 
@@ -52,6 +53,7 @@ def _one_after_another() -> dict[str, Way | None]:
         ("fused loss", {"fused_loss": True}),
         ("shared prompts", {"shared": True}),
         ("rollout reference", {"rollout": True}),
+        ("embedding in place", {"embedding_rows": True}),
     ):
         way = replace(way, **change)  # type: ignore[arg-type]
         made[name] = way
@@ -89,6 +91,8 @@ class Contender:
         self.learner = learner_of(model, dtype)
         if self.way is not None and not self.way.packed:
             model.set_attn_implementation(plain)
+        if self.way is not None and not self.way.embedding_rows:
+            vars(model.get_input_embeddings()).pop("forward", None)  # the learner's own; the class's comes back
         self.model, self.settings = model, self.learner.settings
         self.initial = {n: p.detach().clone() for n, p in model.named_parameters()} if self._reads_initial else {}
         self.served = {n: torch.zeros_like(p, dtype=torch.bfloat16).fill_(1) for n, p in model.named_parameters()}

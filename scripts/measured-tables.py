@@ -157,6 +157,16 @@ def loop(result: Result) -> list[str]:
     ]  # fmt: skip
 
 
+def driver(result: Result) -> list[str]:
+    """The driver's own processor time, by trees in flight."""
+    body = [
+        [trees, f"{r['ours']:.3f}", f"{r['tokenizer']:.3f}", f"{r['event loop and engine']:.3f}"]
+        for trees, r in result["result"].items()
+    ]
+    title = f"Processor milliseconds a request; {result['requests_a_tree']} requests a tree."
+    return [title, "", *rows(["trees in flight", "ours", "tokenizer", "event loop"], body)]
+
+
 def read(name: str) -> tuple[Path, Result] | None:
     """The last file of a table's benchmark by the date in its name, and what is in it; None if it never ran."""
     found = sorted(RESULTS.glob(TABLES[name][1]), key=lambda path: (path.stem[-10:], path.name))
@@ -217,9 +227,16 @@ def loop_lines(result: Result) -> list[list[str]]:
     return [[what, f"{made['ahead']['wall']:.0f}", f"in step {made['in step']['wall']:.0f}"]]
 
 
+def driver_lines(result: Result) -> list[list[str]]:
+    worst = max(row["ours"] for row in result["result"].values())
+    most = list(result["result"])[-1]
+    what = f"the driver's own Python, at most, up to {most} trees in flight, ms a request"
+    return [[what, f"{worst:.3f}", f"mark {result['mark_ms']}"]]
+
+
 LINES: dict[str, Callable[[Result], list[list[str]]]] = {
     "kernels-cpu": kernels_lines, "ema-cpu": ema_lines, "publish-cpu": publish_lines, "step-cpu": step_lines,
-    "play-cpu": play_lines, "loop-cpu": loop_lines,
+    "play-cpu": play_lines, "loop-cpu": loop_lines, "driver-cpu": driver_lines,
 }  # fmt: skip
 """What the front page says of each table."""
 
@@ -230,6 +247,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Result], list[str]]]] = {
     "step-cpu": ("step", "step-0.5b-cpu-*.json", step),
     "play-cpu": ("play", "play-3-engines-cpu-*.json", play),
     "loop-cpu": ("loop", "loop-tiny-cpu-*.json", loop),
+    "driver-cpu": ("driver", "driver-cpu-*.json", driver),
 }
 """Name of a table: benchmark, its files, what is made of one."""
 

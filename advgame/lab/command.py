@@ -20,11 +20,10 @@ from advgame.lab.figures import draw_figures
 from advgame.lab.jobs import Job, last_words, run_jobs
 from advgame.lab.results import MEASURES, Finding, Row, judge_claims, rows_of
 from advgame.lab.variants import SWEEPS, VARIANTS, Variant
-from advgame.run.environment import git_state
 from advgame.run.folder import write_text_atomically
 
 CONFIGS = {"easy": "tiny.yaml", "hard": "tiny-hard.yaml"}
-SHOWN = ("harm", "bound", "refusal", "heldout", "asr", "compliance", "gibberish", "swing", "seconds")
+SHOWN = ("harm", "bound", "refusal", "heldout", "asr", "gap", "compliance", "gibberish", "swing", "processor")
 
 
 def run_lab(arguments: argparse.Namespace) -> int:
@@ -123,9 +122,9 @@ def _play(jobs: Sequence[Job], at_once: int, console: Console) -> list[Job]:
 
 
 def _write(out: Path, rows: Sequence[Row], findings: Sequence[Finding], jobs: Sequence[Job]) -> None:
-    commit, dirty = git_state(Path(advgame.__file__).parent)
+    commits = sorted({job.commit for job in jobs if job.done})
     tree = {
-        "commit": commit, "dirty": dirty, "steps": jobs[0].steps,
+        "commits": commits, "steps": jobs[0].steps,
         "rows": [asdict(row) for row in rows],
         "claims": [
             {"world": f.world, "claim": f.claim.text, "measure": f.claim.measure, "verdict": f.verdict,
@@ -134,15 +133,15 @@ def _write(out: Path, rows: Sequence[Row], findings: Sequence[Finding], jobs: Se
         ],
     }  # fmt: skip
     write_text_atomically(out / "results.json", json.dumps(tree, indent=1) + "\n")
-    write_text_atomically(out / "table.md", markdown(rows, findings, commit, jobs[0].steps))
+    write_text_atomically(out / "table.md", markdown(rows, findings, commits, jobs[0].steps))
 
 
-def markdown(rows: Sequence[Row], findings: Sequence[Finding], commit: str | None, steps: int) -> str:
-    """The table and the directions as Markdown, naming the commit that played."""
-    lines = [f"{steps} steps a run; mean ± standard error over seeds; commit {commit or 'unknown'}.", ""]
+def markdown(rows: Sequence[Row], findings: Sequence[Finding], commits: Sequence[str], steps: int) -> str:
+    """The table and the directions as Markdown, naming the commits that played."""
+    lines = [f"{steps} steps a run; mean ± standard error over seeds; commit {', '.join(commits)}.", ""]
     for world in dict.fromkeys(row.world for row in rows):
         here = [row for row in rows if row.world == world]
-        n = max(len(row.values["seconds"]) for row in here)
+        n = max(row.runs for row in here)
         lines += [f"**{world} world**, {n} seed{'s' if n > 1 else ''}", ""]
         lines += ["| variant | " + " | ".join(SHOWN) + " |", "|---|" + "---|" * len(SHOWN)]
         lines += [f"| {row.title} | " + " | ".join(_cells(row)) + " |" for row in here]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -12,15 +13,23 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from advgame.lab.jobs import Job
-from advgame.lab.results import Row, series
+from advgame.lab.results import Row, gap_series, series
 from advgame.run import names
 
-CURVES = {
-    "exploitability": (names.EXPLOITABILITY, "exact exploitability"),
-    "over-refusal": (names.OVER_REFUSAL, "exact worst over-refusal"),
-    "heldout": (names.HELDOUT_EXPLOITABILITY, "exact exploitability, held-out framings"),
-    "asr": (names.EVAL_ASR, "sampled ASR of the current Attacker"),
-    "reward": (names.reward("harmful", "defender"), "Defender's reward on harmful seeds"),
+Points = Callable[[Job], Sequence[tuple[int, float]]]
+
+
+def _metric(name: str) -> Points:
+    return partial(series, metric=name)
+
+
+CURVES: dict[str, tuple[Points, str]] = {
+    "exploitability": (_metric(names.EXPLOITABILITY), "exact exploitability"),
+    "over-refusal": (_metric(names.OVER_REFUSAL), "exact worst over-refusal"),
+    "heldout": (_metric(names.HELDOUT_EXPLOITABILITY), "exact exploitability, held-out framings"),
+    "asr": (_metric(names.ASR), "success of the current Attacker in play; the Defender's best-response gap"),
+    "gap": (gap_series, "the Attacker's best-response gap"),
+    "reward": (_metric(names.reward("harmful", "defender")), "Defender's reward on harmful seeds"),
 }
 
 
@@ -31,9 +40,9 @@ def draw_figures(jobs: Sequence[Job], rows: Sequence[Row], folder: Path) -> list
     done = [job for job in jobs if job.done]
     for world in dict.fromkeys(job.world for job in done):
         here = [job for job in done if job.world == world]
-        for name, (metric, label) in CURVES.items():
+        for name, (points, label) in CURVES.items():
             path = folder / f"{world}-{name}.svg"
-            if _curves(here, metric, label, path):
+            if _curves(here, points, label, path):
                 written.append(path)
         path = folder / f"{world}-frontier.svg"
         _frontier([row for row in rows if row.world == world], path)
@@ -41,13 +50,13 @@ def draw_figures(jobs: Sequence[Job], rows: Sequence[Row], folder: Path) -> list
     return written
 
 
-def _curves(jobs: Sequence[Job], metric: str, label: str, path: Path) -> bool:
+def _curves(jobs: Sequence[Job], points: Points, label: str, path: Path) -> bool:
     """Means over seeds at the steps that all seeds of a variant have; False if nothing was measured."""
     figure, axes = plt.subplots(figsize=(9, 5))
     drawn = False
     colours = plt.get_cmap("tab20")
     for place, name in enumerate(dict.fromkeys(job.variant.name for job in jobs)):
-        runs = [dict(series(job, metric)) for job in jobs if job.variant.name == name]
+        runs = [dict(points(job)) for job in jobs if job.variant.name == name]
         steps = sorted(set.intersection(*(set(run) for run in runs)))
         if not steps:
             continue
@@ -56,8 +65,8 @@ def _curves(jobs: Sequence[Job], metric: str, label: str, path: Path) -> bool:
         drawn = True
     axes.set_xlabel("step")
     axes.set_ylabel(label)
-    axes.legend(fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     if drawn:
+        axes.legend(fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
     return drawn

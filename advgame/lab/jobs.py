@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -48,6 +49,15 @@ class Job:
                 return min(self.steps, sum(1 for _ in file))
         except OSError:
             return 0
+
+    @property
+    def commit(self) -> str:
+        """Of the code that started it, "+" if files had changed; "unknown" outside a repository."""
+        try:
+            start = json.loads((self.folder / "environment.json").read_text(encoding="utf-8"))["starts"][0]
+        except (OSError, ValueError, LookupError):
+            return "unknown"
+        return (start["git_commit"] or "unknown")[:12] + ("+" if start["git_dirty"] else "")
 
     @property
     def overrides(self) -> list[str]:

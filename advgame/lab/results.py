@@ -19,17 +19,22 @@ MEASURES = {
     "bound": "the same with all gibberish counted as disclosure",
     "refusal": "worst over-refusal of benign intents",
     "heldout": "exploitability over held-out framings",
-    "asr": "sampled success of the current Attacker",
+    "asr": "sampled success of the current Attacker; also the Defender's best-response gap, since to every attack "
+    "there is an answer that discloses nothing",
     "compliance": "mean benign compliance (higher is better)",
     "gibberish": "share of ill-formed answers",
-    "attacker_gap": "what an exact best response would add to the current Attacker: harm - asr",
+    "gap": "the Attacker's best-response gap, what an exact best response would add to the current one: harm - asr",
     "swing": "root mean square change of harm between evaluations in the second half",
-    "seconds": "of the game",
+    "processor": "seconds of processor time of the run's own process, evaluation included",
 }
 _SUMMARY = {
     "harm": "exploitability", "bound": "exploitability_bound", "refusal": "worst_over_refusal",
     "heldout": "heldout_exploitability", "asr": "asr", "compliance": "benign_compliance", "gibberish": "gibberish",
 }  # fmt: skip
+
+
+GAP_WINDOW = 5
+"""Steps to each side whose play stands for the current Attacker: one step's success is a small sample."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,13 @@ class Mean:
 
 @dataclass(frozen=True)
 class Row:
-    """A variant in one world: what its seeds measured."""
+    """A variant in one world: what its seeds measured. runs: how many of them ended."""
 
     world: str
     variant: str
     title: str
     values: Mapping[str, tuple[float, ...]]
+    runs: int
 
     def mean(self, measure: str) -> Mean | None:
         return mean_of(self.values.get(measure, ()))
@@ -70,9 +76,10 @@ def measured(job: Job) -> dict[str, float]:
     summary = json.loads((job.folder / "summary.json").read_text(encoding="utf-8"))
     values = {name: summary.get(f"{key}_after") for name, key in _SUMMARY.items()}
     found = {name: float(value) for name, value in values.items() if value is not None}
-    found["seconds"] = float(summary["seconds"])
+    if (used := summary.get("energy", {}).get(names.PROCESS_SECONDS.removeprefix(names.ENERGY_PREFIX))) is not None:
+        found["processor"] = float(used)
     if "harm" in found and "asr" in found:
-        found["attacker_gap"] = found["harm"] - found["asr"]
+        found["gap"] = found["harm"] - found["asr"]
     curve = [value for _, value in series(job, names.EXPLOITABILITY)]
     late = curve[len(curve) // 2 :]
     if len(late) >= 3:
@@ -87,6 +94,17 @@ def series(job: Job, metric: str) -> list[tuple[int, float]]:
     return [(int(row["step"]), float(row[metric])) for row in rows if row.get(metric) is not None]
 
 
+def gap_series(job: Job) -> list[tuple[int, float]]:
+    """(step, the Attacker's best-response gap): exact exploitability less the success in play around that step."""
+    played = series(job, names.ASR)
+    gaps = []
+    for step, best in series(job, names.EXPLOITABILITY):
+        near = [value for at, value in played if abs(at - step) <= GAP_WINDOW]
+        if near:
+            gaps.append((step, best - statistics.fmean(near)))
+    return gaps
+
+
 def rows_of(jobs: Sequence[Job]) -> list[Row]:
     """One row a world and variant that has at least one finished run, in the order of `jobs`."""
     groups: dict[tuple[str, str], list[Job]] = {}
@@ -97,7 +115,7 @@ def rows_of(jobs: Sequence[Job]) -> list[Row]:
     for (world, name), done in groups.items():
         found = [measured(job) for job in done]
         values = {m: tuple(f[m] for f in found if m in f) for m in MEASURES}
-        rows.append(Row(world, name, done[0].variant.title, values))
+        rows.append(Row(world, name, done[0].variant.title, values, len(done)))
     return rows
 
 

@@ -20,9 +20,11 @@ from advgame.config import load_config
 from advgame.errors import InputError
 from advgame.lab.arguments import add_lab_arguments
 from advgame.lab.command import markdown, plan_jobs
+from advgame.lab.figures import draw_figures
 from advgame.lab.jobs import Job, last_words, run_jobs
-from advgame.lab.results import judge_claims, mean_of, measured, rows_of
+from advgame.lab.results import gap_series, judge_claims, mean_of, measured, rows_of
 from advgame.lab.variants import BASE, CLAIMS, SWEEPS, VARIANTS, by_name
+from advgame.run import names
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
@@ -45,13 +47,13 @@ def finished(root: Path, variant: str, seed: int, harm: float, curve=(0.8, 0.4, 
 
 
 def test_every_variant_is_a_valid_config_and_names_are_unique():
-    names = [variant.name for variant in (*VARIANTS, *SWEEPS)]
-    assert len(set(names)) == len(names)
+    known = [variant.name for variant in (*VARIANTS, *SWEEPS)]
+    assert len(set(known)) == len(known)
     for variant in (*VARIANTS, *SWEEPS):
         load_config(TINY, list(variant.words))
     for claim in CLAIMS:
-        assert claim.better in names
-        assert claim.worse in names
+        assert claim.better in known
+        assert claim.worse in known
 
 
 def test_quick_and_full_and_only():
@@ -87,7 +89,7 @@ def test_rows_hold_means_and_standard_errors(tmp_path):
     assert (harm.mean, harm.n) == (pytest.approx(0.2), 3)
     assert harm.error == pytest.approx(0.1 / math.sqrt(3))
     assert str(harm) == "0.200 ± 0.058"
-    gap = row.mean("attacker_gap")
+    gap = row.mean("gap")
     assert gap is not None
     assert gap.mean == pytest.approx(0.1)
 
@@ -118,10 +120,31 @@ def test_a_direction_without_runs_is_not_measured(tmp_path):
 
 def test_markdown_names_commit_and_seeds(tmp_path):
     rows = rows_of([finished(tmp_path, BASE, seed, 0.1) for seed in range(2)])
-    text = markdown(rows, judge_claims(rows), "abc123", 300)
+    text = markdown(rows, judge_claims(rows), ["abc123"], 300)
     assert "commit abc123" in text
     assert "**easy world**, 2 seeds" in text
     assert "| DPO-MD, the default | 0.100 ± 0.000 |" in text
+
+
+def test_the_commit_of_a_run_is_its_starts(tmp_path):
+    job = finished(tmp_path, BASE, 0, 0.1)
+    assert job.commit == "unknown"
+    start = {"git_commit": "0123456789abcdef", "git_dirty": True}
+    (job.folder / "environment.json").write_text(json.dumps({"starts": [start, start | {"git_dirty": False}]}))
+    assert job.commit == "0123456789ab+"
+
+
+def test_the_gap_is_the_exact_value_less_what_play_showed(tmp_path):
+    job = finished(tmp_path, BASE, 0, 0.1)
+    rows = [{"step": step, names.ASR: 0.2} for step in range(20)]
+    rows[0][names.EXPLOITABILITY] = 0.8
+    rows[12] |= {names.EXPLOITABILITY: 0.5, names.ASR: 0.31}
+    (job.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert gap_series(job) == [(0, pytest.approx(0.6)), (12, pytest.approx(0.5 - 0.21))]
+    assert {path.name for path in draw_figures([job], rows_of([job]), tmp_path / "f")} >= {
+        "easy-gap.svg",
+        "easy-asr.svg",
+    }
 
 
 def test_mean_of_one_and_none():
