@@ -1,5 +1,5 @@
-"""Every command line of docs/evaluation.md and docs/redteam.md is run, in a folder that holds what it names: small real
-models, a run of two steps, files of a few rows, a server on loopback. Only the size is cut (`--limit`)."""
+"""Every command line of README and docs is run, in a folder that holds what it names: small real models, a run of two
+steps, files of a few rows, a server on loopback. Only the size is cut (`--limit`, steps, tokens)."""
 
 import json
 import os
@@ -14,6 +14,9 @@ import yaml
 
 from advgame import cli
 from advgame.evals.suites import load_suite
+from advgame.game.tree import Category
+from advgame.world.grammar import INTENTS, ParsedPrompt
+from advgame.world.world import seed_of
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "evals"))  # the servers and files of the evaluation's own tests
@@ -24,7 +27,21 @@ from test_docs import commands  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-LINES = [(page, line) for page, line in commands() if page in ("evaluation.md", "redteam.md")]
+LIMITED = ("evaluation.md", "redteam.md")
+LINES = [(page, line) for page, line in commands() if page in LIMITED]
+OTHERS = sorted({line for page, line in commands() if page not in LIMITED})
+SMALL = {
+    "train configs/tiny": "--run.steps 2",
+    "train configs/qwen": "--run.steps 1 --run.validate_every 0 --data.harmful 1 --data.benign 1 "
+    "--data.validation_limit 1 --attacker.sampling.max_tokens 8 --defender.sampling.max_tokens 8 "
+    "--judge.sampling.max_tokens 8",
+    "lab": "--steps 2 --only dpo-md",
+    "eval": "--limit 2",
+    "redteam": "--limit 2",
+}
+"""How a command begins: what makes it short."""
+JUDGING = ("doctor", "resources")
+"""Commands whose exit code 1 is an answer: this machine lacks something, a run was not good enough."""
 SERVER = "http://127.0.0.1:8001/v1"
 VERDICTS = {
     "You label": '{"prompt_harmfulness": "harmful", "response_refusal": "refusal", '
@@ -51,20 +68,27 @@ def place(tmp_path_factory, server):
     if "ADVGAME_CACHE" not in os.environ:
         os.environ["ADVGAME_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     here = tmp_path_factory.mktemp("place")
-    for name in ("path/to/model", "other/model", "path/to/judge", "path/to/classifier", "models/harmbench-cls"):
+    folders = ["path/to/model", "other/model", "path/to/judge", "path/to/classifier", "models/harmbench-cls"]
+    folders += [f"{root}/Qwen2.5-{size}-Instruct" for root in ("path/to", "models") for size in ("0.5B", "7B")]
+    for name in folders:
         models.bpe_folder(here / name, "qwen2")
     words = ["train", ROOT / "configs/tiny.yaml", "--run.root", here / "runs", "--run.name", "mine", "--run.steps", "2"]
     assert cli.main([*map(str, words), "--quiet"]) == 0
-    (here / "runs/RUN").symlink_to(here / "runs/mine")
+    for name in ("RUN", "THE-RUN", "A", "B", "joint", "turns"):
+        (here / "runs" / name).symlink_to(here / "runs/mine")
     (here / "configs").symlink_to(ROOT / "configs")
     (here / "data").mkdir()
     behaviours(here / "data/harmbench_behaviors_text_all.csv")
     table(here / "data/xstest_prompts.csv", [{"id": f"v{i}", "prompt": f"p{i}", "type": "homonyms"} for i in range(2)])
     (here / "data/alpaca_eval.json").write_text(json.dumps([{"instruction": "q", "output": "a", "generator": "g"}]))
     (here / "harmbench-prompt.txt").write_text("{prompt} {response}")
-    seeds = [{"prompt": f"how do i kill the neighbor {i}", "category": "harmful", "product": "x"} for i in range(2)]
+    # in the tiny world's language, which its rule judge reads
+    intents = [seed_of(ParsedPrompt(intent)) for intent in INTENTS]
+    both = [one for category in Category for one in [seed for seed in intents if seed.category is category][:2]]
+    seeds = [{"prompt": seed.text, "category": seed.category.value, "product": "x"} for seed in both]
     lines(here / "our_seeds.jsonl", seeds)
-    lines(here / "seeds.jsonl", seeds)
+    for name in ("seeds", "heldout", "data/train", "data/valid_vanilla", "data/valid_adversarial"):
+        lines(here / f"{name}.jsonl", seeds)
     tree = yaml.safe_load(suite_of_the_page().replace(SERVER, server))
     del tree["utility"]
     (here / "my.yaml").write_text(yaml.safe_dump(tree))
@@ -92,3 +116,12 @@ def test_the_pages_lines_run(place, server, monkeypatch, page):
         if "--rescore" not in words:
             words += ["--limit", "2"]
         assert cli.main([*words, "--quiet"]) == 0, line
+
+
+@pytest.mark.parametrize("line", OTHERS)
+def test_other_lines_run(place, monkeypatch, line):
+    monkeypatch.chdir(place)
+    words = shlex.split(line)[1:]
+    known = " ".join(words)
+    words += next((extra.split() for start, extra in SMALL.items() if known.startswith(start)), [])
+    assert cli.main(words) in ((0, 1) if words[0] in JUDGING else (0,))
