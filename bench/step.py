@@ -91,7 +91,7 @@ def child(name: str, task: str, spec: dict[str, Any], folder: Path) -> dict[str,
     if name == "sampler":
         learner = learner_of(model, spec["dtype"])
         samples = [s for pair in pairs for s in (pair.chosen, pair.rejected)]
-        logps = [learner._reference_logps(pack([s], device), learner.shadow).tolist() for s in samples]
+        logps = [learner._reference_logps([pack([s], device)], learner.shadow)[0].tolist() for s in samples]
         (folder / "logps.json").write_text(json.dumps(logps))
         return {}
     logps = iter(json.loads((folder / "logps.json").read_text()))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
-from advgame_kernels import ema_decay, ema_update_
+from advgame_kernels import PreferenceOutput, ema_decay, ema_update_
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -26,9 +26,10 @@ from advgame.learn import lora
 from advgame.learn.attention import choose_backend, packed_hidden, use_packed_attention
 from advgame.learn.compute import checkpoint_layers, compiled_decoder
 from advgame.learn.meter import Meter
-from advgame.learn.micro import micro_batches
+from advgame.learn.micro import Unit, micro_batches
 from advgame.learn.objective import (
     Head,
+    PolicyResult,
     TokenTargets,
     coefficient_change,
     member_weights,
@@ -72,6 +73,17 @@ def _alone(method: Callable[Concatenate[Learner, P], R]) -> Callable[Concatenate
     return locked
 
 
+@dataclass
+class Whole:
+    """A player's training state, unsharded, as a checkpoint holds it: model with fp32 master weights, averages by name,
+    optimizer. previous may be replaced; whatever has been changed counts once `Learner.take` has it."""
+
+    model: PreTrainedModel
+    shadow: dict[str, Tensor]
+    previous: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer
+
+
 class Learner:
     """One player in training.
 
@@ -113,15 +125,15 @@ class Learner:
         if settings.lora is not None:
             lora.add_adapters(self.model, settings.lora, field)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.shadow: dict[str, Tensor] = snapshot(self.parameters) if ema else {}
+        self.base_lr = lr or settings.lr
+        self.optimizer = self._optimizer()
+        self.shadow: dict[str, Tensor] = snapshot(self.live) if ema else {}
         refers = settings.objective in ("grpo", "reinforce") or settings.reference == "initial"
         self.initial: dict[str, Tensor] = {}
         if refers:
-            self.initial = snapshot(self.parameters) if settings.lora is None else lora.disabled(self.model)
+            self.initial = snapshot(self.live) if settings.lora is None else lora.disabled(self.model)
         self.recomputes = settings.objective in ("dpo", "ipo") and settings.reference in ("auto", "recompute")
-        self.previous: dict[str, Tensor] = snapshot(self.parameters) if ema and ahead and self.recomputes else {}
-        self.base_lr = lr or settings.lr
-        self.optimizer = make_optimizer(self.parameters.values(), settings, self.base_lr, self.model.device)
+        self.previous: dict[str, Tensor] = snapshot(self.live) if ema and ahead and self.recomputes else {}
         self.reference = ReferenceChoice(settings.reference, settings.reference_tolerance)
         self.updates = 0
         self.averages = 0
@@ -134,6 +146,14 @@ class Learner:
         for name in ("logit_scale", "logits_scaling"):
             if getattr(config, name, None) not in (None, 1, 1.0):
                 raise InputError(f"{field}: {type(self.model).__name__} scales its logits ({name}); not supported")
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return make_optimizer(self.parameters.values(), self.settings, self.base_lr, self.model.device)
+
+    @property
+    def live(self) -> Mapping[str, Tensor]:
+        """The fp32 master weights that learn, as this process holds them."""
+        return {name: p.data for name, p in self.parameters.items()}
 
     @property
     def head(self) -> Head:
@@ -157,21 +177,24 @@ class Learner:
         if not pairs:
             return {"pairs": 0.0}
         meter = Meter()
-        units = ((pair, (pair.chosen, pair.rejected)) for pair in pairs)
-        for part in micro_batches(units, self.settings.micro_tokens, share=self.share):
-            batch = self._pack([s for pair in part for s in (pair.chosen, pair.rejected)], meter)
-            sampled = sequence_sums(batch.sampler_logps, batch)
-            reference, recomputed = self._pair_reference(batch, sampled)
-            out = preference(self._hidden(batch), self.head, batch, reference, len(pairs), self.settings)
-            out.loss.backward()
+        parts = self._parts([(pair, (pair.chosen, pair.rejected)) for pair in pairs])
+        batches = [self._pack([s for pair in part for s in (pair.chosen, pair.rejected)], meter) for part in parts]
+        references, recomputed = self._pair_references(batches)
+        for i, (part, batch, reference) in enumerate(zip(parts, batches, references, strict=True)):
+            made: list[PreferenceOutput] = []
+            loss = functools.partial(self._pair_loss, batch, reference, len(pairs), made)
+            value = self._backward(loss, last=i + 1 == len(parts), filler=not part)
+            if not part:
+                continue
+            (out,) = made
             share = len(part) / len(pairs)
-            meter.add("loss", out.loss)
+            meter.add("loss", value)
             meter.add("margin", out.margins.mean() * share)
             meter.add("accuracy", out.accuracies.mean() * share)
             if out.entropy is not None:
                 meter.add("entropy", out.entropy.mean() * share)
             if recomputed:
-                gap = sampled - reference
+                gap = sequence_sums(batch.sampler_logps, batch) - reference
                 meter.add("reference_gap", gap.abs().mean() * share)
                 meter.most("reference_gap_max", gap.abs().max())
                 if self.settings.length_normalised:
@@ -179,11 +202,38 @@ class Learner:
                 shift = gap[0::2] - gap[1::2]
                 margins = out.margins.detach()
                 meter.most("reference_change", coefficient_change(margins - shift, margins, self.settings))
-        meter.add("grad_norm", self._apply(progress))
-        values = meter.read()
+        meter.most("grad_norm", self._apply(progress))
+        values = self._totals(meter)
         if "reference_change" in values and self.reference.decided is None:
             self.reference.measured(values["reference_change"])
         return values | {"pairs": float(len(pairs))}
+
+    def _pair_loss(self, batch: PackedBatch, reference: Tensor, pairs: int, made: list[PreferenceOutput]) -> Tensor:
+        """The loss; all that came with it goes into `made`."""
+        hidden = self._hidden(batch)
+        with self._whole_head() as head:
+            made.append(preference(hidden, head, batch, reference, pairs, self.settings))
+        return made[-1].loss
+
+    def _group_loss(self, batch: PackedBatch, targets: TokenTargets, made: list[PolicyResult]) -> Tensor:
+        """The loss; all that came with it goes into `made`."""
+        hidden = self._hidden(batch)
+        with self._whole_head() as head:
+            made.append(policy(hidden, head, batch, targets, self.settings))
+        return made[-1].loss
+
+    def _parts(self, units: Sequence[tuple[Unit, Sequence[Sample]]]) -> list[list[Unit]]:
+        """The micro-batches that this process computes. An empty one is a filler: it takes part and adds nothing."""
+        return micro_batches(units, self.settings.micro_tokens, share=self.share)
+
+    def _backward(self, loss: Callable[[], Tensor], *, last: bool, filler: bool) -> Tensor:
+        """Computes `loss` and adds its gradient to what the coming `_apply` uses; `last`: that comes next."""
+        value = loss()
+        value.backward()
+        return value
+
+    def _totals(self, meter: Meter) -> Metrics:
+        return meter.read()
 
     def _pack(self, samples: Sequence[Sample], meter: Meter) -> PackedBatch:
         batch = pack(samples, self.model.device, share=self.share)
@@ -191,14 +241,14 @@ class Learner:
         meter.add("tokens_saved", float(batch.unshared - batch.tokens))
         return batch
 
-    def _pair_reference(self, batch: PackedBatch, sampled: Tensor) -> tuple[Tensor, bool]:
+    def _pair_references(self, batches: Sequence[PackedBatch]) -> tuple[list[Tensor], bool]:
         """Reference log-probs by sequence, and whether they were recomputed from the sampler's own weights."""
         if self.reference.decided == "rollout":
-            return sampled, False
+            return [sequence_sums(batch.sampler_logps, batch) for batch in batches], False
         initial = self.reference.decided == "initial"
         # the reference is the version that sampled
-        logps = self._reference_logps(batch, self.initial if initial else self.previous or self.shadow)
-        return sequence_sums(logps, batch), not initial
+        logps = self._reference_logps(batches, self.initial if initial else self.previous or self.shadow)
+        return [sequence_sums(own, batch) for own, batch in zip(logps, batches, strict=True)], not initial
 
     @_alone
     def sampler_gap(self, samples: Sequence[Sample]) -> SamplerGap:
@@ -208,8 +258,8 @@ class Learner:
         """
         part, *_ = micro_batches(((s, (s,)) for s in samples), self.settings.micro_tokens)
         batch = pack(part, self.model.device, share=self.share)
-        weights = self.shadow or {name: p.data for name, p in self.parameters.items()}
-        gap = sequence_sums(batch.sampler_logps - self._reference_logps(batch, weights), batch).abs()
+        (logps,) = self._reference_logps([batch], self.shadow or self.live)
+        gap = sequence_sums(batch.sampler_logps - logps, batch).abs()
         mean, largest = torch.stack([gap.mean(), gap.max()]).tolist()
         return SamplerGap(mean, largest, batch.row_bounds[-1] / batch.sequences)
 
@@ -223,29 +273,47 @@ class Learner:
         weighted = [(m, w) for m, w in zip(members, weights, strict=True) if w]
         if not weighted:
             return {"members": 0.0}
-        parts: list[tuple[PackedBatch, list[Member], list[float], Tensor]] = []
         meter = Meter()
-        units = (((m, w), (m.sample,)) for m, w in weighted)
-        for part in micro_batches(units, self.settings.micro_tokens, share=self.share):
-            learning = [m for m, _ in part]
-            batch = self._pack([m.sample for m in learning], meter)
-            parts.append((batch, learning, [w for _, w in part], self._reference_logps(batch, self.initial)))
-        advantages = self._advantages(parts)
-        tokens = sum(batch.row_bounds[-1] for batch, *_ in parts)
-        for (batch, _, row_weights, reference), advantage in zip(parts, advantages, strict=True):
-            targets = TokenTargets(advantage, spread(row_weights, batch), reference)
-            out = policy(self._hidden(batch), self.head, batch, targets, self.settings)
-            out.loss.backward()
-            meter.add("loss", out.loss)
+        parts = self._parts([((m, w), (m.sample,)) for m, w in weighted])
+        batches = [self._pack([m.sample for m, _ in part], meter) for part in parts]
+        references = self._reference_logps(batches, self.initial)
+        advantages = self._advantages(batches, [[m for m, _ in part] for part in parts], references)
+        tokens = sum(len(m.sample.token_ids) for m, _ in weighted)
+        for i, (part, batch) in enumerate(zip(parts, batches, strict=True)):
+            weights_of_part = spread([w for _, w in part] or [0.0] * batch.sequences, batch)
+            targets = TokenTargets(advantages[i], weights_of_part, references[i])
+            made: list[PolicyResult] = []
+            loss = functools.partial(self._group_loss, batch, targets, made)
+            value = self._backward(loss, last=i + 1 == len(parts), filler=not part)
+            if not part:
+                continue
+            (out,) = made
+            meter.add("loss", value)
             meter.add("kl", out.kl / tokens)
             meter.add("clip_fraction", out.clip_fraction * (batch.row_bounds[-1] / tokens))
-        meter.add("grad_norm", self._apply(progress))
-        return meter.read() | {"members": float(len(weighted))}
+        meter.most("grad_norm", self._apply(progress))
+        return self._totals(meter) | {"members": float(len(weighted))}
 
-    def _advantages(self, parts: Sequence[tuple[PackedBatch, list[Member], list[float], Tensor]]) -> list[Tensor]:
+    def _advantages(
+        self, batches: Sequence[PackedBatch], members: Sequence[Sequence[Member]], references: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """By token; zeros for a filler."""
         if self.settings.objective == "reinforce":
-            return reinforce_advantages([(b, members, ref) for b, members, _, ref in parts], self.settings.beta)
-        return [spread([m.advantage for m in members], batch) for batch, members, *_ in parts]
+            real = [i for i, some in enumerate(members) if some]
+            learning = [(batches[i], members[i], references[i]) for i in real]
+            made = iter(reinforce_advantages(learning, self.settings.beta, self._sum, self.model.device))
+            return [
+                next(made) if some else torch.zeros_like(batch.sampler_logps)
+                for some, batch in zip(members, batches, strict=True)
+            ]
+        return [
+            spread([m.advantage for m in some] or [0.0] * batch.sequences, batch)
+            for some, batch in zip(members, batches, strict=True)
+        ]
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes that hold a part of the batch."""
+        return values
 
     def _hidden(self, batch: PackedBatch) -> Tensor:
         """Hidden states of the response rows, in the compute type."""
@@ -259,9 +327,26 @@ class Learner:
         return torch.autocast(self.model.device.type, self._dtype)
 
     @torch.no_grad()
-    def _reference_logps(self, batch: PackedBatch, tensors: Mapping[str, Tensor]) -> Tensor:
-        with weights_of(self.model, tensors):
-            return token_logps(self._hidden(batch), self.head, batch).logps
+    def _reference_logps(self, batches: Sequence[PackedBatch], weights: Mapping[str, Tensor]) -> list[Tensor]:
+        """Token log-probs of every batch under `weights`, of the kind of `live`."""
+        with self._standing_in(weights):
+            return [self._forward(functools.partial(self._token_logps, batch)) for batch in batches]
+
+    def _standing_in(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Inside, the model computes with `weights` in its own weights' place."""
+        return weights_of(self.model, weights)
+
+    def _token_logps(self, batch: PackedBatch) -> Tensor:
+        hidden = self._hidden(batch)
+        with self._whole_head() as head:
+            return token_logps(hidden, head, batch).logps
+
+    def _forward(self, compute: Callable[[], Tensor]) -> Tensor:
+        return compute()
+
+    def _whole_head(self) -> AbstractContextManager[Head]:
+        """Inside, no part of the head is elsewhere."""
+        return nullcontext(self.head)
 
     def _apply(self, progress: float) -> Tensor:
         """Clips, steps, clears; returns the gradient norm before clipping, on the device."""
@@ -302,12 +387,22 @@ class Learner:
     def serve_into(self, served: Mapping[str, Tensor]) -> None:
         """Writes the weights that sample, as they are, into an engine's tensors (a resumed run's first publish)."""
         with nullcontext() if self.shadow else self._changing:  # an engine may be restarted while this player learns
-            source = self.shadow or {name: p.data for name, p in self.parameters.items()}
+            source = self.shadow or self.live
             if self.settings.lora is not None:
                 for name, weight in lora.merged(self.model, source):
                     served[name].copy_(weight)
                 return
             torch._foreach_copy_([served[name] for name in self.parameters], [source[name] for name in self.parameters])
+
+    def whole(self) -> Whole:
+        """All that a checkpoint holds of this player."""
+        return Whole(self.model, self.shadow, self.previous, self.optimizer)
+
+    def take(self, whole: Whole) -> None:
+        """Goes on from `whole`, which `whole()` made and a checkpoint has filled; the settings' own options stay."""
+        self.previous = whole.previous
+        for group in self.optimizer.param_groups:
+            group["betas"], group["weight_decay"] = self.settings.betas, self.settings.weight_decay
 
 
 def load_model(

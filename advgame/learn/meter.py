@@ -7,10 +7,11 @@ from torch import Tensor
 
 
 class Meter:
-    """Running sums and maxima by name, as tensors of the device."""
+    """Running sums and maxima (their names: `maxima`), as tensors of the device."""
 
     def __init__(self) -> None:
         self._values: dict[str, Tensor | float] = {}
+        self.maxima: set[str] = set()
 
     def add(self, name: str, value: Tensor | float) -> None:
         """Adds a number, or a tensor of one element."""
@@ -18,10 +19,12 @@ class Meter:
             value = value.detach().double()
         self._values[name] = self._values[name] + value if name in self._values else value
 
-    def most(self, name: str, value: Tensor) -> None:
+    def most(self, name: str, value: Tensor | float) -> None:
         """Keeps the largest."""
+        self.maxima.add(name)
         old = self._values.get(name)
-        self._values[name] = torch.maximum(old, value.double()) if isinstance(old, Tensor) else value.double()
+        new = value.detach().double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        self._values[name] = torch.maximum(old, new) if isinstance(old, Tensor) else new
 
     def read(self) -> dict[str, float]:
         """Everything as plain numbers, in the order of first mention. The one place that waits for the device."""

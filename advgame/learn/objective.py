@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,13 +110,16 @@ def member_weights(groups: Sequence[Group], aggregate: str) -> list[list[float]]
 
 
 def reinforce_advantages(
-    batches: Sequence[tuple[PackedBatch, Sequence[Member], Tensor]], beta: float
+    batches: Sequence[tuple[PackedBatch, Sequence[Member], Tensor]],
+    beta: float,
+    sum_: Callable[[Tensor], Tensor] = lambda values: values,
+    device: torch.device | str = "cpu",
 ) -> list[Float[Tensor, " rows"]]:
     """REINFORCE++: token returns with the KL penalty inside, normalised over the global batch.
 
-    `batches` holds (batch, its members, reference token log-probs). A token's return is the reward plus
-    -beta (log pi - log ref) summed from that token to the end; returns are centred and divided by their standard
-    deviation over all tokens.
+    `batches` holds (batch, its members, reference token log-probs), all on `device`. A token's return is the reward
+    plus -beta (log pi - log ref) summed from that token to the end; returns are centred and divided by their standard
+    deviation over all tokens. `sum_` adds up a float64 vector over the processes that share the batch.
     """
     returns = []
     for batch, members, reference in batches:
@@ -126,9 +129,14 @@ def reinforce_advantages(
             part = penalty[batch.row_bounds[i] : batch.row_bounds[i + 1]]
             parts.append(part.flip(0).cumsum(0).flip(0) + member.reward)
         returns.append(torch.cat(parts))
-    everything = torch.cat(returns)
-    scale = everything.std(correction=0) + 1e-8
-    return [(r - everything.mean()) / scale for r in returns]
+    everything = torch.cat([r.double() for r in returns]) if returns else torch.zeros(0, dtype=torch.float64)
+    everything = everything.to(device)
+    count = torch.full((), everything.numel(), dtype=torch.float64, device=device)
+    count, total = sum_(torch.stack([count, everything.sum()]))
+    mean = total / count
+    (squares,) = sum_((everything - mean).square().sum().reshape(1))
+    scale = (squares / count).sqrt() + 1e-8
+    return [((r.double() - mean) / scale).float() for r in returns]
 
 
 @dataclass(frozen=True)
