@@ -23,8 +23,11 @@ class Meter:
         """Keeps the largest."""
         self.maxima.add(name)
         old = self._values.get(name)
-        new = value.detach().double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-        self._values[name] = torch.maximum(old, new) if isinstance(old, Tensor) else new
+        if isinstance(value, Tensor):
+            value = value.detach().double()
+            self._values[name] = torch.maximum(old, value) if isinstance(old, Tensor) else value
+        else:
+            self._values[name] = value if old is None else max(float(old), value)
 
     def read(self) -> dict[str, float]:
         """Everything as plain numbers, in the order of first mention. The one place that waits for the device."""

@@ -23,6 +23,7 @@ from advgame.game.seeds import SeedFile, SeedPool
 from advgame.game.stream import SeedStream
 from advgame.game.tree import Category, Seed
 from advgame.learn.learner import Learner
+from advgame.learn.zero_config import check_backend
 from advgame.rollout.chat import ChatFormat, load_tokenizer
 from advgame.rollout.endpoint_engine import EndpointSpeaker
 from advgame.rollout.engine import Engine, Sampling
@@ -111,6 +112,7 @@ class Plan:
 def check(config: Config) -> Plan:
     """Reads templates, seed files and tokenizers; loads no weights. Raises InputError at the first problem."""
     game = config.game
+    check_backend(config)
     templates = load_templates(config, None)  # a world's own take their place once it is open
     stream = None
     if config.data.train is not None:
@@ -210,7 +212,12 @@ def open_session(plan: Plan, cache: Path | None = None, progress: Progress | Non
     def side_of(name: str, roles: tuple[Role, ...], folder: Path, settings: PlayerSettings) -> Side:
         learner = None
         if not settings.frozen:
-            learner = Learner(
+            kind: type[Learner] = Learner
+            if config.learn.backend == "deepspeed":
+                from advgame.learn.zero_learner import DeepSpeedLearner
+
+                kind = DeepSpeedLearner
+            learner = kind(
                 folder,
                 tokenizer_of(folder, f"{name}.model"),
                 config.learn,
