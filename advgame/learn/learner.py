@@ -210,16 +210,12 @@ class Learner:
 
     def _pair_loss(self, batch: PackedBatch, reference: Tensor, pairs: int, made: list[PreferenceOutput]) -> Tensor:
         """The loss; all that came with it goes into `made`."""
-        hidden = self._hidden(batch)
-        with self._whole_head() as head:
-            made.append(preference(hidden, head, batch, reference, pairs, self.settings))
+        made.append(preference(self._hidden(batch), self.head, batch, reference, pairs, self.settings))
         return made[-1].loss
 
     def _group_loss(self, batch: PackedBatch, targets: TokenTargets, made: list[PolicyResult]) -> Tensor:
         """The loss; all that came with it goes into `made`."""
-        hidden = self._hidden(batch)
-        with self._whole_head() as head:
-            made.append(policy(hidden, head, batch, targets, self.settings))
+        made.append(policy(self._hidden(batch), self.head, batch, targets, self.settings))
         return made[-1].loss
 
     def _parts(self, units: Sequence[tuple[Unit, Sequence[Sample]]]) -> list[list[Unit]]:
@@ -337,16 +333,10 @@ class Learner:
         return weights_of(self.model, weights)
 
     def _token_logps(self, batch: PackedBatch) -> Tensor:
-        hidden = self._hidden(batch)
-        with self._whole_head() as head:
-            return token_logps(hidden, head, batch).logps
+        return token_logps(self._hidden(batch), self.head, batch).logps
 
     def _forward(self, compute: Callable[[], Tensor]) -> Tensor:
         return compute()
-
-    def _whole_head(self) -> AbstractContextManager[Head]:
-        """Inside, no part of the head is elsewhere."""
-        return nullcontext(self.head)
 
     def _apply(self, progress: float) -> Tensor:
         """Clips, steps, clears; returns the gradient norm before clipping, on the device."""

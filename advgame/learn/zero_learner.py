@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 from advgame_kernels import ema_update_
-from advgame_kernels.patch import gathered_head
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,7 +26,6 @@ from advgame.game.tree import Sample
 from advgame.learn.learner import Learner, Metrics, SamplerGap, Whole
 from advgame.learn.meter import Meter
 from advgame.learn.micro import Unit, micro_batches, shares
-from advgame.learn.objective import Head
 from advgame.learn.packing import PackedBatch, pack
 from advgame.learn.settings import LearnSettings
 from advgame.learn.shards import MOMENTS, Shards
@@ -105,6 +104,10 @@ class DeepSpeedLearner(Learner):
                 dist_init_required=False,
             )
         self._entry.eval()
+        if self._stage == 3:  # the losses read the head outside its module: it is gathered for the whole entry
+            for part in (self.head.weight, self.head.bias):
+                if part is not None:
+                    deepspeed.zero.register_external_parameter(self._entry, part)
         self._shards = Shards(self._engine, self._stage, self.parameters, optimizer, self._team)
         return optimizer
 
@@ -184,12 +187,6 @@ class DeepSpeedLearner(Learner):
 
     def _standing_in(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         return self._shards.standing_in(weights)
-
-    @contextmanager
-    def _whole_head(self) -> Iterator[Head]:
-        head = self.head
-        with gathered_head(head.weight, head.bias):
-            yield head
 
     def _autocast(self) -> AbstractContextManager[object]:
         return super()._autocast() if self._stage == 0 else nullcontext()  # else the weights are bfloat16 themselves
@@ -379,6 +376,8 @@ def _group(tree: Mapping[str, Any]) -> Group:
 def quietly() -> Iterator[None]:
     """DeepSpeed prints to standard output, from compilers that it starts too; ours is for the run folder."""
     sys.stdout.flush()
+    # new names of collectives that DeepSpeed still calls by the old ones
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     kept = os.dup(1)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
