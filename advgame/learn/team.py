@@ -22,8 +22,8 @@ from torch import Tensor
 
 Call = Callable[[Mapping[str, Any]], Any]
 
-_PATIENCE = timedelta(days=30)
-"""How long a rank waits for the next call: as long as a step's play may take."""
+_PATIENCE = timedelta(days=20)
+"""How long a rank waits for the next call: as long as a step's play may take, in milliseconds of 31 bits."""
 
 
 class Team:

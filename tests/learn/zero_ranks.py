@@ -5,6 +5,7 @@ Rank 0 computes what the plain learner does, drives the sharded ones, and writes
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import sys
 from functools import partial
@@ -171,6 +172,7 @@ def main(player: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(120, repeat=True)  # a rank that waits for another says where
     with joined(1) as leads:
         if leads:
             main(Path(sys.argv[1]), Path(sys.argv[2]))
