@@ -72,7 +72,12 @@ class DeepSpeedLearner(Learner):
         self._field = field
         self._stage = stage_of(settings, read_json(settings.deepspeed.config))
         how = {"lr": lr, "ema": ema, "ahead": ahead, "remote_code": remote_code}
-        described = {"player": field, "folder": str(source), "settings": settings.model_dump(mode="json"), **how}
+        described = {
+            "player": field,
+            "folder": str(source.absolute()),
+            "settings": settings.model_dump(mode="json"),
+            **how,
+        }
         with self._together("make", **described):
             super().__init__(source, tokenizer, settings, field=field, device=self._team.device, **how)  # type: ignore[arg-type]
 
