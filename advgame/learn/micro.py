@@ -54,6 +54,22 @@ def micro_batches(
     return [[given[i][0] for i in batch] for batch in batches]
 
 
+def shares(
+    units: Sequence[tuple[Unit, Sequence[Sample]]], ranks: int, limit: int, *, share: bool = False
+) -> list[list[tuple[Unit, Sequence[Sample]]]]:
+    """The units that each of `ranks` ranks computes: about equally many tokens each, some none where there are too few.
+
+    With `share`, units of one prompt stay together unless a rank would have to wait for them. Order follows the input.
+    """
+    if ranks == 1:
+        return [list(units)]
+    samples = [own for _, own in units]
+    tokens = packed_tokens([s for own in samples for s in own], share)
+    pieces = _pieces(samples, min(limit, -(-tokens // ranks)), share)
+    pieces.sort(key=lambda piece: (-piece.tokens, piece.units[0]))
+    return [[units[i] for i in sorted(i for piece in batch for i in piece.units)] for batch in _even(pieces, ranks)]
+
+
 def _pieces(units: Sequence[Sequence[Sample]], limit: int, share: bool) -> list[_Piece]:
     families: dict[object, list[int]] = {}
     for i, samples in enumerate(units):
