@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from advgame.learn.team import Team
 
 Span = tuple[int, int]
 """First element and number of elements."""
@@ -51,54 +52,52 @@ class Layout:
         everyone = list(zip(self.members, self.held, strict=True))
         return everyone[:1] if self.replicated else everyone
 
-    def collect(
-        self, own: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
-    ) -> Iterator[tuple[str, Tensor]]:
+    def collect(self, own: Mapping[str, Tensor], dtype: torch.dtype, team: Team) -> Iterator[tuple[str, Tensor]]:
         """On rank 0: (name, whole tensor) of every parameter, of `dtype`; must be walked to its end.
 
         own: rank 0's pieces, where it is a member. All members that are not rank 0 call `give` meanwhile.
         """
         for name, shape in self.shapes.items():
             if self.replicated and self.members[0] == 0:
-                yield name, own[name].to(device, dtype).view(shape)
+                yield name, own[name].to(team.device, dtype).view(shape)
                 continue
-            whole = torch.empty(math.prod(shape), dtype=dtype, device=device)
+            whole = torch.empty(math.prod(shape), dtype=dtype, device=team.device)
             for rank, held in self._givers():
                 start, length = held[name]
                 into = whole.narrow(0, start, length)
                 if rank == 0:
                     into.copy_(own[name])
                 elif length:
-                    dist.recv(into, rank)
+                    team.receive(into, rank)
             yield name, whole.view(shape)
 
-    def give(self, pieces: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    def give(self, pieces: Mapping[str, Tensor], dtype: torch.dtype, team: Team) -> None:
         """A member's part of `collect`."""
-        if self.replicated and dist.get_rank() != self.members[0]:
+        if self.replicated and team.rank != self.members[0]:
             return
         for name in self.shapes:
-            own = pieces[name].to(device, dtype)
+            own = pieces[name].to(team.device, dtype)
             if own.numel():
-                dist.send(own.contiguous(), 0)
+                team.send(own.contiguous(), 0)
 
     @torch.no_grad()
-    def deal(self, wholes: Mapping[str, Tensor], own: Mapping[str, Tensor], device: torch.device) -> None:
+    def deal(self, wholes: Mapping[str, Tensor], own: Mapping[str, Tensor], team: Team) -> None:
         """On rank 0: sends every member its pieces of whole float32 tensors, and fills its `own`."""
         for name in self.shapes:
-            flat = wholes[name].to(device, torch.float32).reshape(-1)
+            flat = wholes[name].to(team.device, torch.float32).reshape(-1)
             for rank, held in zip(self.members, self.held, strict=True):
                 start, length = held[name]
                 part = flat.narrow(0, start, length)
                 if rank == 0:
                     own[name].copy_(part)
                 elif length:
-                    dist.send(part.contiguous(), rank)
+                    team.send(part.contiguous(), rank)
 
     @torch.no_grad()
-    def receive(self, pieces: Mapping[str, Tensor], device: torch.device) -> None:
+    def receive(self, pieces: Mapping[str, Tensor], team: Team) -> None:
         """A member's part of `deal`."""
         for name in self.shapes:
             if pieces[name].numel():
-                part = torch.empty(pieces[name].shape, device=device)
-                dist.recv(part, 0)
+                part = torch.empty(pieces[name].shape, device=team.device)
+                team.receive(part, 0)
                 pieces[name].copy_(part)

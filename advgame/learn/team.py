@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from advgame.learn.ranks import Ranks
 from advgame.learn.zero_config import launched
@@ -30,21 +32,29 @@ _PATIENCE = timedelta(days=20)
 
 
 class Team:
-    """Ranks that train together. members: global ranks; ranks: what a member adds up over them; device: where this rank
-    computes; rank: this one, globally."""
+    """Ranks that train together. members: global ranks; rank: this one, globally; ranks: what a member adds up over
+    them; device: where this rank computes.
 
-    def __init__(self, members: Sequence[int], device: torch.device):
+    To torch.distributed, and so to DeepSpeed, a member's team is the whole world: DeepSpeed waits at barriers of all
+    ranks. Rank 0 reaches the members by a channel beside it, whether it is one of them or not.
+    """
+
+    def __init__(self, members: Sequence[int], rank: int, device: torch.device, store: dist.Store):
         self.members = tuple(members)
+        self.rank = rank
         self.device = device
-        self.rank = dist.get_rank()
-        everyone = len(members) == dist.get_world_size()
-        # all ranks make all groups, in the same order
-        group = dist.group.WORLD if everyone else dist.new_group(list(members))
-        self.group = group if self.rank in members else None
-        self.ranks = Ranks(self.group if len(members) > 1 else None)
-        self.part = None if everyone or self.rank not in members else _Part(self)
+        self.member = rank in self.members
+        if self.member:
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            own = dist.PrefixStore(f"team {members[0]}", store)
+            dist.init_process_group(backend, store=own, rank=self.members.index(rank), world_size=len(members))
+        self.ranks = Ranks(dist.group.WORLD if self.member and len(members) > 1 else None)
         self._reached = sorted({0, *members})
-        self._channel = dist.new_group(self._reached, backend="gloo", timeout=_PATIENCE)
+        self._channel: Any = None
+        if rank in self._reached and len(self._reached) > 1:
+            between = dist.PrefixStore(f"channel {members[0]}", store)
+            place = self._reached.index(rank)
+            self._channel = dist.ProcessGroupGloo(between, place, len(self._reached), _PATIENCE)
         self._turn = threading.Lock()
         self.broken = False
 
@@ -78,49 +88,41 @@ class Team:
                 self._broadcast(json.dumps(result).encode() if first else None, self.members[0])
 
     def _tell(self, message: Json) -> None:
-        if len(self._reached) > 1:
+        if self._channel is not None:
             self._broadcast(json.dumps(message).encode(), 0)
 
     def _broadcast(self, data: bytes | None, source: int) -> bytes:
         """Everybody's: what `source` has; the others give None."""
+        place = self._reached.index(source)
         length = torch.tensor([0 if data is None else len(data)])
-        dist.broadcast(length, source, group=self._channel)
+        self._channel.broadcast(length, place).wait()
         body = torch.empty(int(length), dtype=torch.uint8)
         if data is not None:
             body = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        dist.broadcast(body, source, group=self._channel)
+        self._channel.broadcast(body, place).wait()
         return body.numpy().tobytes() if data is None else data
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        """From or to rank 0: a contiguous tensor, through host memory where rank 0 is no member."""
+        if 0 in self.members:
+            dist.send(tensor, self.members.index(to))
+        else:
+            self._channel.send([tensor.cpu()], self._reached.index(to), 0).wait()
+
+    def receive(self, into: Tensor, source: int) -> None:
+        """Fills a contiguous tensor with what `source` sends."""
+        if 0 in self.members:
+            dist.recv(into, self.members.index(source))
+            return
+        landed = into if into.device.type == "cpu" else torch.empty_like(into, device="cpu")
+        self._channel.recv([landed], self._reached.index(source), 0).wait()
+        if landed is not into:
+            into.copy_(landed)
 
     def stop(self) -> None:
         """Lets the members go."""
         if self.leads and not self.broken:
             self._tell({"call": "stop"})
-
-
-class _Part:
-    """What DeepSpeed asks (it calls it `mpu`) when a player trains on some of the ranks only."""
-
-    def __init__(self, team: Team):
-        self._team = team
-        self._alone = dist.new_group([team.rank], use_local_synchronization=True)
-
-    def get_data_parallel_group(self) -> Any:
-        return self._team.group
-
-    def get_data_parallel_world_size(self) -> int:
-        return len(self._team.members)
-
-    def get_data_parallel_rank(self) -> int:
-        return self._team.members.index(self._team.rank)
-
-    def get_model_parallel_group(self) -> Any:
-        return self._alone
-
-    def get_model_parallel_world_size(self) -> int:
-        return 1
-
-    def get_model_parallel_rank(self) -> int:
-        return 0
 
 
 class Teams:
@@ -135,15 +137,14 @@ class Teams:
             torch.cuda.set_device(device)
         for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", local)):
             os.environ.setdefault(name, str(value))  # DeepSpeed reads them
-        backend = "nccl" if gpu else "gloo"
         if size == 1 and "MASTER_ADDR" not in os.environ:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody else is to be reached
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store: dist.Store = dist.HashStore()
         else:
-            dist.init_process_group(backend)
+            store, _, _ = next(rendezvous("env://"))
         self.leads = rank == 0
         cut = size if attacker_ranks is None else attacker_ranks
-        self._all = [Team(members, device) for members in (range(cut), range(cut, size)) if members]
+        self._all = [Team(members, rank, device, store) for members in (range(cut), range(cut, size)) if members]
 
     def of(self, player: str) -> Team:
         """The team that trains `player` (attacker, defender or shared)."""
@@ -152,7 +153,7 @@ class Teams:
     @property
     def own(self) -> Team:
         """The one that this rank is a member of."""
-        (team,) = [team for team in self._all if team.group is not None]
+        (team,) = [team for team in self._all if team.member]
         return team
 
     def close(self, *, broken: bool) -> None:

@@ -90,9 +90,9 @@ class Shardholder:
 
     def _collect(self, shard: ZeroShard, message: Json) -> None:
         dtype = getattr(torch, message["dtype"])
-        shard.shards.layout.give(shard.pieces(message["what"]), dtype, self.team.device)
+        shard.shards.layout.give(shard.pieces(message["what"]), dtype, self.team)
 
     def _take(self, shard: ZeroShard, message: Json) -> None:
         layout = shard.shards.layout
-        fill = lambda _, pieces: layout.receive(pieces, self.team.device)  # noqa: E731
+        fill = lambda _, pieces: layout.receive(pieces, self.team)  # noqa: E731
         shard.take_pieces(message["steps"], message["previous"], fill)

@@ -117,7 +117,7 @@ class DeepSpeedLearner(Trainer):
     def _gathered(self, what: str, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors; whoever asks must take them all."""
         with self._moving("collect", what=what, dtype=str(dtype).removeprefix("torch.")):
-            yield from self._layout.collect(self._own(what), dtype, self.team.device)
+            yield from self._layout.collect(self._own(what), dtype, self.team)
 
     @torch.no_grad()
     def whole(self) -> Whole:
@@ -155,12 +155,13 @@ class DeepSpeedLearner(Trainer):
             "live": parameters, "shadow": whole.shadow, "previous": whole.previous,
             **{entry: {name: state[entry] for name, state in states.items()} for entry in (MOMENTS if steps else ())},
         }  # fmt: skip
-        device = self.team.device
         with self._moving("take", steps=steps, previous=self._previous):
             shard = self._holder.shards.get(self._field)
             if shard is not None:
-                shard.take_pieces(steps, self._previous, lambda what, own: self._layout.deal(wholes[what], own, device))
+                shard.take_pieces(
+                    steps, self._previous, lambda what, own: self._layout.deal(wholes[what], own, self.team)
+                )
                 return
             kinds = ("live", *(MOMENTS if steps else ()), *(w for w in ("shadow", "previous") if wholes[w]))
             for what in kinds:
-                self._layout.deal(wholes[what], {}, device)
+                self._layout.deal(wholes[what], {}, self.team)

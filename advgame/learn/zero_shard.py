@@ -84,7 +84,6 @@ class ZeroShard(Learner):
                 optimizer=optimizer,
                 config=engine_config(settings),
                 dist_init_required=False,
-                mpu=self.team.part,
             )
         self._entry.eval()
         if self._stage == 3:  # the losses read the head outside its module: it is gathered for the whole entry

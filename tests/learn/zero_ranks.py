@@ -176,7 +176,7 @@ def main(player: Path, out: Path, attacker_ranks: int | None) -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(120, repeat=True)  # a rank that waits for another says where
+    faulthandler.dump_traceback_later(60, repeat=True)  # a rank that waits for another says where
     alone = int(sys.argv[3]) or None
     with joined(1, alone) as leads:
         if leads:
