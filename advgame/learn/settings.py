@@ -46,7 +46,6 @@ class LearnSettings(Section):
     backend: Literal["plain", "deepspeed"] = Field(
         "plain", description="One process, or DeepSpeed on the ranks that torchrun starts (one: no torchrun needed)."
     )
-    deepspeed: DeepSpeedSettings = Field(default_factory=DeepSpeedSettings, description="backend: deepspeed.")
     objective: Literal["dpo", "ipo", "grpo", "reinforce"] = Field(
         "dpo", description="dpo and ipo on pairs; grpo on groups; reinforce: REINFORCE++ (Self-RedTeam)."
     )
@@ -90,7 +89,7 @@ class LearnSettings(Section):
     streams: Literal["auto", "off"] = Field(
         "off",
         description="auto: on a GPU both players learn at the same time, on a stream each, where memory for both is "
-        "free (measured in the first two steps; not with DeepSpeed); off: by turns.",
+        "free (measured in the first two steps; never with DeepSpeed); off: by turns.",
     )
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw", description="AdamW with fp32 moments, or with 8-bit ones (needs bitsandbytes and a GPU)."
@@ -112,3 +111,6 @@ class LearnSettings(Section):
     truncation: PositiveFloat = Field(2.0, description="Cap of those weights.")
     ppo_clip: PositiveFloat = Field(0.2, description="reinforce: PPO clipping of the ratio.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Compute type; master weights are fp32.")
+    deepspeed: DeepSpeedSettings = Field(
+        default_factory=DeepSpeedSettings, description="How DeepSpeed shards (backend: deepspeed)."
+    )
