@@ -15,7 +15,6 @@ from advgame_kernels import PreferenceOutput, ema_update_
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from advgame.errors import InputError
 from advgame.game.pairs import Group, Member, Pair
 from advgame.game.tree import Sample
 from advgame.learn import lora
@@ -24,11 +23,12 @@ from advgame.learn.compute import checkpoint_layers, compiled_decoder
 from advgame.learn.load import load_model
 from advgame.learn.measures import measure_pairs, measure_reference
 from advgame.learn.meter import Meter
-from advgame.learn.micro import micro_batches
+from advgame.learn.micro import FILLER_MEMBER, FILLER_PAIR, micro_batches
 from advgame.learn.objective import (
     Head,
     PolicyResult,
     TokenTargets,
+    check_head,
     group_normalizer,
     member_weights,
     policy,
@@ -49,11 +49,6 @@ from advgame.publish.capture import PublishPass
 P = ParamSpec("P")
 R = TypeVar("R")
 Out = TypeVar("Out", PreferenceOutput, PolicyResult)
-
-_SHORT = Sample((0,), (0, 0), (0.0, 0.0), "stop", 0)
-FILLER_PAIR = Pair(_SHORT, _SHORT, 0.0, 0.0, "")
-FILLER_MEMBER = Member(_SHORT, 0.0, 0.0, 0.0)
-"""What a rank computes, at no weight, while others still have micro-batches."""
 
 
 def _alone(method: Callable[Concatenate[Learner, P], R]) -> Callable[Concatenate[Learner, P], R]:
@@ -103,7 +98,7 @@ class Learner(Trainer):
         self.share = settings.share_prefixes == "auto" and unshared is None
         if unshared is not None and settings.share_prefixes == "auto":
             self.notes.append(unshared)
-        self._head_checked(field)
+        check_head(self.model, field)
         if settings.checkpointing:
             checkpoint_layers(self.model, field)
         self._decoder = compiled_decoder(self.model) if settings.compile else None
@@ -120,12 +115,6 @@ class Learner(Trainer):
         self._publish = PublishPass()
         self._changing = threading.Lock()
 
-    def _head_checked(self, field: str) -> None:
-        config = self.model.config.get_text_config()
-        for name in ("logit_scale", "logits_scaling"):
-            if getattr(config, name, None) not in (None, 1, 1.0):
-                raise InputError(f"{field}: {type(self.model).__name__} scales its logits ({name}); not supported")
-
     def _made_optimizer(self) -> torch.optim.Optimizer:
         return make_optimizer(self.parameters.values(), self.settings, self.base_lr, self.model.device)
 
@@ -137,9 +126,7 @@ class Learner(Trainer):
     @property
     def head(self) -> Head:
         """The head's fp32 master weights; the losses compute in the type of the hidden states and keep dWeight fp32."""
-        output = self.model.get_output_embeddings()
-        softcap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None) or 0.0
-        return Head(output.weight, getattr(output, "bias", None), softcap)
+        return Head.of(self.model)
 
     @property
     def _dtype(self) -> torch.dtype:

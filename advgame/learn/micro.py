@@ -10,10 +10,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from advgame.game.pairs import Member, Pair
 from advgame.game.tree import Sample
 from advgame.learn.packing import input_length
 
 Unit = TypeVar("Unit")
+
+_SHORT = Sample((0,), (0, 0), (0.0, 0.0), "stop", 0)
+FILLER_PAIR = Pair(_SHORT, _SHORT, 0.0, 0.0, "")
+FILLER_MEMBER = Member(_SHORT, 0.0, 0.0, 0.0)
+"""What a rank computes, at no weight, while others still have micro-batches."""
 
 
 @dataclass
