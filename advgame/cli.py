@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -194,6 +195,8 @@ def _main(argv: list[str]) -> int:
 
 
 def _fail(message: str, code: int = 2) -> int:
+    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
+        return code  # under torchrun, rank 0 says it
     print(f"advgame: {' '.join(message.split())}", file=sys.stderr)
     return code
 

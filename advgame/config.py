@@ -287,6 +287,22 @@ def _overlap(c: Config) -> str | None:
     return None
 
 
+def _deepspeed(c: Config) -> str | None:
+    learn = c.learn
+    if learn.backend == "plain":
+        return None
+    if learn.lora is not None:
+        return "learn.lora: adapters are small enough for one process; set learn.backend: plain, or leave this out"
+    if learn.optimizer != "adamw":
+        return f"learn.optimizer: {learn.optimizer} cannot be sharded; set adamw"
+    if learn.compile:
+        return "learn.compile: DeepSpeed's hooks do not go through torch.compile; set it to false"
+    one = c.game.self_play or c.game.skip_attacker or c.attacker.frozen or c.defender.frozen
+    if learn.deepspeed.attacker_ranks is not None and one:
+        return "learn.deepspeed.attacker_ranks: only one player learns; leave this out, and all ranks train it"
+    return None
+
+
 def _players(c: Config) -> str | None:
     attacker_plays = not c.game.skip_attacker
     if c.defender.frozen and (c.attacker.frozen or not attacker_plays):
@@ -307,7 +323,7 @@ def _players(c: Config) -> str | None:
     return None
 
 
-COMBINATIONS = (_world_or_models, _judge, _templates, _objective, _overlap, _players, _engines)
+COMBINATIONS = (_world_or_models, _judge, _templates, _objective, _overlap, _deepspeed, _players, _engines)
 """Each looks at the whole tree and returns "field: what cannot be and the mend", or None."""
 
 

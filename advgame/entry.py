@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from advgame.config import Config
 
 
 def run_train(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -21,14 +26,15 @@ def run_train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from advgame.run.commands import start, summarise_seeds
 
     folders = []
-    for offset in range(arguments.seeds):
-        seeded = config.model_copy(deep=True)
-        seeded.run.seed += offset
-        if seeded.world is not None:
-            seeded.world.seed += offset
-        folders.append(start(seeded, quiet=arguments.quiet))
-        if not (folders[-1] / "summary.json").is_file():
-            break  # stopped by Ctrl-C
+    with _ranks(config) as leads:
+        for offset in range(arguments.seeds if leads else 0):
+            seeded = config.model_copy(deep=True)
+            seeded.run.seed += offset
+            if seeded.world is not None:
+                seeded.world.seed += offset
+            folders.append(start(seeded, quiet=arguments.quiet))
+            if not (folders[-1] / "summary.json").is_file():
+                break  # stopped by Ctrl-C
     finished = [folder for folder in folders if (folder / "summary.json").is_file()]
     if len(finished) > 1:
         summarise_seeds(finished, Console(quiet=arguments.quiet))
@@ -39,10 +45,24 @@ def run_train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def run_resume(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Continues a run; prints its folder."""
-    from advgame.run.commands import resume
+    from advgame.run.commands import config_of, resume
 
-    print(resume(arguments.run, overrides, quiet=arguments.quiet))
+    with _ranks(config_of(arguments.run, overrides)) as leads:
+        if leads:
+            print(resume(arguments.run, overrides, quiet=arguments.quiet))
     return 0
+
+
+def _ranks(config: Config) -> AbstractContextManager[bool]:
+    """Inside, whether this process runs the command; under torchrun the others only train, and see False at the end."""
+    from advgame.learn.zero_config import check_backend
+
+    check_backend(config)
+    if config.learn.backend == "plain":
+        return nullcontext(True)
+    from advgame.learn.team import joined
+
+    return joined(config.run.threads, config.learn.deepspeed.attacker_ranks)
 
 
 def run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -49,7 +49,7 @@ def sampled(case: Case, folder: Path) -> None:
     learner = learner_of(model_of(case), case.dtype)
     device = learner.model.device
     samples = [s for pair in pairs_of(case) for s in (pair.chosen, pair.rejected)]
-    logps = [learner._reference_logps(pack([s], device), learner.shadow).tolist() for s in samples]
+    logps = [part.tolist() for part in learner._reference_logps([pack([s], device) for s in samples], learner.shadow)]
     (folder / "logps.json").write_text(json.dumps(logps))
 
 

@@ -10,10 +10,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from advgame.game.pairs import Member, Pair
 from advgame.game.tree import Sample
 from advgame.learn.packing import input_length
 
 Unit = TypeVar("Unit")
+
+_SHORT = Sample((0,), (0, 0), (0.0, 0.0), "stop", 0)
+FILLER_PAIR = Pair(_SHORT, _SHORT, 0.0, 0.0, "")
+FILLER_MEMBER = Member(_SHORT, 0.0, 0.0, 0.0)
+"""What a rank computes, at no weight, while others still have micro-batches."""
 
 
 @dataclass
@@ -52,6 +58,22 @@ def micro_batches(
     chosen = even if max(map(_load, even), default=0) < max(map(_load, fitted), default=0) else fitted
     batches = sorted(sorted(i for piece in batch for i in piece.units) for batch in chosen)
     return [[given[i][0] for i in batch] for batch in batches]
+
+
+def shares(
+    units: Sequence[tuple[Unit, Sequence[Sample]]], ranks: int, limit: int, *, share: bool = False
+) -> list[list[tuple[Unit, Sequence[Sample]]]]:
+    """The units that each of `ranks` ranks computes: about equally many tokens each, some none where there are too few.
+
+    With `share`, units of one prompt stay together unless a rank would have to wait for them. Order follows the input.
+    """
+    if ranks == 1:
+        return [list(units)]
+    samples = [own for _, own in units]
+    tokens = packed_tokens([s for own in samples for s in own], share)
+    pieces = _pieces(samples, min(limit, -(-tokens // ranks)), share)
+    pieces.sort(key=lambda piece: (-piece.tokens, piece.units[0]))
+    return [[units[i] for i in sorted(i for piece in batch for i in piece.units)] for batch in _even(pieces, ranks)]
 
 
 def _pieces(units: Sequence[Sequence[Sample]], limit: int, share: bool) -> list[_Piece]:

@@ -9,7 +9,9 @@ import torch
 from advgame_kernels import LogProbs, PreferenceOutput, linear_logprobs, linear_policy_loss, linear_preference_loss
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from advgame.errors import InputError
 from advgame.game.pairs import Group, Member
 from advgame.learn.packing import PackedBatch, to_device
 from advgame.learn.ranks import Ranks
@@ -25,6 +27,21 @@ class Head:
     weight: Float[Tensor, "vocab hidden"]
     bias: Float[Tensor, " vocab"] | None
     softcap: float
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Head:
+        """The model's own output embeddings, not copied."""
+        output = model.get_output_embeddings()
+        softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None) or 0.0
+        return cls(output.weight, getattr(output, "bias", None), softcap)
+
+
+def check_head(model: PreTrainedModel, field: str) -> None:
+    """Raises InputError, naming `field`, for a model whose logits the losses do not compute."""
+    config = model.config.get_text_config()
+    for name in ("logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise InputError(f"{field}: {type(model).__name__} scales its logits ({name}); not supported")
 
 
 def preference(

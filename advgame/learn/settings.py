@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -22,7 +23,29 @@ class LoraSettings(Section):
     )
 
 
+class DeepSpeedSettings(Section):
+    """How DeepSpeed shards a player over the ranks that `torchrun` starts."""
+
+    stage: Literal[0, 1, 2, 3] | None = Field(
+        None,
+        description="ZeRO stage: what is split over the ranks. 0 nothing, 1 moments, averages and fp32 masters, 2 also "
+        "gradients, 3 also weights; null: that of the JSON file, else 2.",
+    )
+    config: Path | None = Field(
+        None,
+        description="DeepSpeed JSON; its batch, clipping and accumulation keys are auto or equal to these settings.",
+    )
+    attacker_ranks: PositiveInt | None = Field(
+        None,
+        description="So many ranks, the first ones, train the Attacker alone and all others the Defender, at the same "
+        "time; null: all ranks train both, by turns.",
+    )
+
+
 class LearnSettings(Section):
+    backend: Literal["plain", "deepspeed"] = Field(
+        "plain", description="One process, or DeepSpeed on the ranks that torchrun starts (one: no torchrun needed)."
+    )
     objective: Literal["dpo", "ipo", "grpo", "reinforce"] = Field(
         "dpo", description="dpo and ipo on pairs; grpo on groups; reinforce: REINFORCE++ (Self-RedTeam)."
     )
@@ -66,7 +89,7 @@ class LearnSettings(Section):
     streams: Literal["auto", "off"] = Field(
         "off",
         description="auto: on a GPU both players learn at the same time, on a stream each, where memory for both is "
-        "free (measured in the first two steps; never with several ranks); off: by turns.",
+        "free (measured in the first two steps; never with DeepSpeed); off: by turns.",
     )
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw", description="AdamW with fp32 moments, or with 8-bit ones (needs bitsandbytes and a GPU)."
@@ -88,3 +111,6 @@ class LearnSettings(Section):
     truncation: PositiveFloat = Field(2.0, description="Cap of those weights.")
     ppo_clip: PositiveFloat = Field(0.2, description="reinforce: PPO clipping of the ratio.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Compute type; master weights are fp32.")
+    deepspeed: DeepSpeedSettings = Field(
+        default_factory=DeepSpeedSettings, description="How DeepSpeed shards (backend: deepspeed)."
+    )

@@ -1,8 +1,8 @@
 """The players' updates at the same time: on a GPU each on a stream of its own, where memory allows.
 
 Small kernels of one player then run beside those of the other, and neither waits for the other's numbers. Both players'
-activations are in memory at once, so that what each needs is measured first, while they still take turns. Never with
-several ranks: their collectives need one order everywhere.
+activations are in memory at once, so that what each needs is measured first, while they still take turns. Players that
+train on ranks of their own learn at the same time always; on the same ranks never: collectives need one order there.
 """
 
 from __future__ import annotations
@@ -23,18 +23,22 @@ MARGIN = 1.5
 
 
 class SideBySide:
-    """Runs a step's updates, one a player. allowed: False takes turns always (`learn.streams: off`, no GPU)."""
+    """Runs a step's updates, one a player. allowed: False takes turns (`learn.streams: off`, no GPU). apart: each
+    player's update runs elsewhere, so that they need no room here."""
 
-    def __init__(self, device: torch.device, *, allowed: bool) -> None:
+    def __init__(self, device: torch.device, *, allowed: bool, apart: bool = False) -> None:
+        self._apart = apart
         self.allowed = allowed and device.type == "cuda"
         self._device = device
         self._needs: dict[int, int] = {}
         self._measured = 0
         self._streams: list[torch.cuda.Stream] = []
 
-    def run(self, tasks: Sequence[Callable[[], T]], *, ranks: int = 1) -> list[T]:
-        """The results of all `tasks`, in their order. ranks: how many train together."""
-        if not self.allowed or len(tasks) < 2 or ranks > 1:
+    def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
+        """The results of all `tasks`, in their order."""
+        if self._apart and len(tasks) > 1:
+            return self.together(tasks)
+        if not self.allowed or len(tasks) < 2:
             return [task() for task in tasks]
         if self._measured >= MEASURED_STEPS and len(self._needs) == len(tasks) and self.fits():
             return self.together(tasks)

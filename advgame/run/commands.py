@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from advgame.config import Config, dump_config, load_config
 from advgame.errors import InputError
-from advgame.learn.learner import Learner
+from advgame.learn.trainer import Whole
 from advgame.malloc import keep_freed_memory
 from advgame.rollout.engine import EngineError
 from advgame.run import names
@@ -72,11 +72,16 @@ def start(config: Config, *, quiet: bool = False) -> Path:
         return folder.path
 
 
-def resume(path: Path, overrides: list[str], *, quiet: bool = False) -> Path:
-    """Continues a run from its newest intact checkpoint, with `overrides` to its settings."""
+def config_of(path: Path, overrides: list[str]) -> Config:
+    """The settings of a run folder, with `overrides`."""
     if not (path / "config.yaml").is_file():
         raise InputError(f"{path}: not a run folder (no config.yaml); give the folder that `advgame train` printed")
-    config = load_config(path / "config.yaml", overrides)
+    return load_config(path / "config.yaml", overrides)
+
+
+def resume(path: Path, overrides: list[str], *, quiet: bool = False) -> Path:
+    """Continues a run from its newest intact checkpoint, with `overrides` to its settings."""
+    config = config_of(path, overrides)
     plan = check(config)
     with RunFolder.resume(path) as folder:
         found = latest_checkpoint(folder.checkpoints)
@@ -107,28 +112,29 @@ def _play(config: Config, folder: RunFolder, checkpoint: Path | None, *, quiet: 
 
 def _restore(session: Session, checkpoint: Path) -> Progress:
     """Fills the session's players from a checkpoint."""
-    loaded = load_into(checkpoint, {name: state_of(session, name) for name in session.learners}, verify=False)
+    wholes = {name: learner.whole() for name, learner in session.learners.items()}
+    states = {name: state_of(learner, wholes[name]) for name, learner in session.learners.items()}
+    loaded = load_into(checkpoint, states, verify=False)
     for name, learner in session.learners.items():
         learner.updates = loaded.updates[name]
         learner.averages = loaded.extra.get("averages", {}).get(name, loaded.step)  # one a step
         learner.reference.restore(loaded.extra["reference"][name])
         if learner.recomputes:
-            _refer_to_what_sampled(learner, checkpoint / f"previous-{name}.safetensors", bool(loaded.trees))
-        for group in learner.optimizer.param_groups:
-            group["betas"], group["weight_decay"] = learner.settings.betas, learner.settings.weight_decay
+            _refer_to_what_sampled(wholes[name], checkpoint / f"previous-{name}.safetensors", bool(loaded.trees))
+        learner.take(wholes[name])
     progress = Progress(loaded.step, loaded.extra, loaded.trees)
     session.counters.update(progress.counters)
     return progress
 
 
-def _refer_to_what_sampled(learner: Learner, file: Path, played_ahead: bool) -> None:
+def _refer_to_what_sampled(whole: Whole, file: Path, played_ahead: bool) -> None:
     """The average before the last one sampled what was played ahead, and only that: `run.ahead` may have changed, or
     the run may have been at its end."""
-    if played_ahead and not learner.previous and file.is_file():
-        learner.previous = {name: tensor.to(learner.shadow[name]) for name, tensor in load_file(file).items()}
+    if played_ahead and not whole.previous and file.is_file():
+        whole.previous = {name: tensor.to(whole.shadow[name]) for name, tensor in load_file(file).items()}
     elif not played_ahead:
-        for name, tensor in learner.previous.items():
-            tensor.copy_(learner.shadow[name])
+        for name, tensor in whole.previous.items():
+            tensor.copy_(whole.shadow[name])
 
 
 async def _run(session: Session, folder: RunFolder, progress: Progress, *, resumed: bool, quiet: bool) -> None:

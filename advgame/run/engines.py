@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from advgame.config import Config
-from advgame.learn.learner import Learner
 from advgame.learn.load import load_model
+from advgame.learn.trainer import Trainer
 from advgame.rollout import vllm_start
 from advgame.rollout.channel import Channel
 from advgame.rollout.chat import ChatFormat, stop_ids
@@ -59,7 +59,7 @@ def open_engine(
     name: str,
     field: str,
     tokenizer: PreTrainedTokenizerBase,
-    learner: Learner | None,
+    learner: Trainer | None,
     counters: Counter[str],
     device: torch.device,
     elsewhere: SamplerProcess | None = None,

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 from advgame.game.pairs import Role, groups_of, pairs_of
 from advgame.game.rewards import TreeRewards, tree_rewards
 from advgame.game.tree import Attack, Category, Outcome, Response, Tree
+from advgame.learn.trainer import Trainer, Whole
 from advgame.rollout.engine import EngineError
 from advgame.rollout.speaker import Speaker
 from advgame.rollout.vllm_engine import VllmEngine
@@ -205,9 +206,8 @@ def learn(session: Session, scored: Scored, step: int) -> dict[str, float]:
         return values | {f"learn/{side.name}/lr": side.learner.lr_at(progress)}
 
     turns = [side for side in session.sides if side.learner is not None and has_turn(session, side, step)]
-    ranks = max((learner.ranks.size for learner in session.learners.values()), default=1)
     values: dict[str, float] = {}
-    for made in session.abreast.run([partial(of, side) for side in turns], ranks=ranks):
+    for made in session.abreast.run([partial(of, side) for side in turns]):
         values |= made
     return values
 
@@ -269,17 +269,16 @@ def publish_times(session: Session) -> dict[str, float]:
 
 def save(session: Session, folder: RunFolder, progress: Progress, plays: Plays) -> None:
     progress.owed = plays.owed
-    players = {name: state_of(session, name) for name in session.learners}
+    players = {name: state_of(learner, learner.whole()) for name, learner in session.learners.items()}
     trees = [(tree, tree_rewards(tree, session.rewards)) for tree in plays.kept]
     state = TrainState(progress.step, players, progress.extra(session), trees)
     save_checkpoint(folder, state, session.config.run.keep_checkpoints)
 
 
-def state_of(session: Session, name: str) -> PlayerState:
-    learner = session.learners[name]
+def state_of(learner: Trainer, whole: Whole) -> PlayerState:
     adapters = learner.settings.lora
     return PlayerState(
-        learner.model, learner.tokenizer, learner.shadow, learner.optimizer, learner.updates, learner.previous, adapters
+        whole.model, learner.tokenizer, whole.shadow, whole.optimizer, learner.updates, whole.previous, adapters
     )
 
 

@@ -24,6 +24,8 @@ from advgame.game.stream import SeedStream
 from advgame.game.tree import Category, Seed
 from advgame.learn.learner import Learner
 from advgame.learn.streams import SideBySide
+from advgame.learn.trainer import Trainer
+from advgame.learn.zero_config import check_backend
 from advgame.rollout.chat import ChatFormat, load_tokenizer
 from advgame.rollout.endpoint_engine import EndpointSpeaker
 from advgame.rollout.engine import Engine, Sampling
@@ -46,7 +48,7 @@ class Side:
     name: str
     roles: tuple[Role, ...]
     engine: Engine
-    learner: Learner | None
+    learner: Trainer | None
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Session:
     abreast: SideBySide = field(default_factory=lambda: SideBySide(torch.device("cpu"), allowed=False))
 
     @property
-    def learners(self) -> dict[str, Learner]:
+    def learners(self) -> dict[str, Trainer]:
         return {side.name: side.learner for side in self.sides if side.learner is not None}
 
     @property
@@ -113,6 +115,7 @@ class Plan:
 def check(config: Config) -> Plan:
     """Reads templates, seed files and tokenizers; loads no weights. Raises InputError at the first problem."""
     game = config.game
+    check_backend(config)
     templates = load_templates(config, None)  # a world's own take their place once it is open
     stream = None
     if config.data.train is not None:
@@ -187,7 +190,7 @@ def open_session(plan: Plan, cache: Path | None = None, progress: Progress | Non
             tokenizers[folder] = load_tokenizer(folder, name, remote_code=config.trust_remote_code)
         return tokenizers[folder]
 
-    def engine_of(folder: Path, name: str, learner: Learner | None, kind: str) -> Engine:
+    def engine_of(folder: Path, name: str, learner: Trainer | None, kind: str) -> Engine:
         field = f"{name}.model"
         tokenizer = tokenizer_of(folder, field)
         return open_engine(
@@ -212,7 +215,12 @@ def open_session(plan: Plan, cache: Path | None = None, progress: Progress | Non
     def side_of(name: str, roles: tuple[Role, ...], folder: Path, settings: PlayerSettings) -> Side:
         learner = None
         if not settings.frozen:
-            learner = Learner(
+            kind: Callable[..., Trainer] = Learner
+            if config.learn.backend == "deepspeed":
+                from advgame.learn.zero_learner import DeepSpeedLearner
+
+                kind = DeepSpeedLearner
+            learner = kind(
                 folder,
                 tokenizer_of(folder, f"{name}.model"),
                 config.learn,
@@ -261,7 +269,12 @@ def open_session(plan: Plan, cache: Path | None = None, progress: Progress | Non
     assert stream is not None, "a config has a seed file or a world"
     table = Table(attacker, defender, judge, templates, _rules(config))
     rewards = RewardRules(config.game.attacker_judge, config.game.optimistic, zero_sum=config.game.self_play)
-    abreast = SideBySide(device, allowed=config.learn.streams == "auto")
+    sharded = config.learn.backend == "deepspeed"
+    abreast = SideBySide(
+        device,
+        allowed=config.learn.streams == "auto" and not sharded,
+        apart=sharded and config.learn.deepspeed.attacker_ranks is not None,
+    )
     seated = tuple(sides)
     return Session(config, world, stream, validation, seated, table, rewards, tuple(others), counters, meters, abreast)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -40,7 +41,17 @@ class Stop:
         return None if task.cancelled() else task.result()
 
     def _ask(self) -> None:
+        if self.asked:
+            return
         self._event.set()
         self._note("stopping after this step (an evaluation is left at once), then saving; Ctrl-C again: stop at once")
+        # torchrun passes a Ctrl-C on that the terminal has sent already: that is one wish, not two
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            self._loop.call_later(1.0, self._end_at_once)
+        else:
+            self._end_at_once()
+
+    def _end_at_once(self) -> None:
+        """From now on the next signal ends the process."""
         for number in (signal.SIGINT, signal.SIGTERM):
             self._loop.remove_signal_handler(number)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from advgame.game.pairs import Role
 from advgame.game.tree import Sample, Tree
-from advgame.learn.learner import SamplerGap
+from advgame.learn.trainer import SamplerGap
 from advgame.rollout.vllm_engine import VllmEngine
 from advgame.run.session import Session, Side
 
@@ -25,7 +25,7 @@ def measure_gaps(session: Session, trees: Sequence[Tree], step: int) -> dict[str
     """
     found = {}
     for side in session.sides:
-        if session.config.run.ahead and side.learner is not None and not side.learner.shadow:
+        if session.config.run.ahead and side.learner is not None and not side.learner.averaged:
             continue
         if due(session, side, step) and not measured_by_update(side) and (samples := samples_of(side, trees, step)):
             assert side.learner is not None

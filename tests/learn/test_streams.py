@@ -86,9 +86,12 @@ def test_memory_decides_after_two_steps(free, later):
     for _ in range(3):
         assert made.run([lambda: "a", lambda: "b"]) == ["a", "b"]
     assert made.how == [0, 1, 0, 1, *later]
-    assert made.run([lambda: "a", lambda: "b"], ranks=2) == ["a", "b"]
-    assert len(made.how) == 4 + len(later)
     assert made.run([lambda: "alone"]) == ["alone"]  # sequential rounds: one player's turn
+
+
+def test_players_on_ranks_of_their_own_never_take_turns():
+    both = threading.Barrier(2, timeout=30)  # no task ends before the other one has begun
+    assert sorted(SideBySide(CPU, allowed=False, apart=True).run([both.wait, both.wait])) == [0, 1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,0 +1,167 @@
+"""The learner of a player that DeepSpeed shards over many ranks, as the run on rank 0 sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from advgame.game.pairs import Group, Pair
+from advgame.game.tree import Sample
+from advgame.learn.layout import Layout
+from advgame.learn.load import load_model
+from advgame.learn.settings import LearnSettings
+from advgame.learn.shards import MOMENTS
+from advgame.learn.team import teams
+from advgame.learn.trainer import Metrics, SamplerGap, Trainer, Whole
+from advgame.learn.zero_calls import Shardholder, groups_message, pairs_message, samples_message
+
+
+class DeepSpeedLearner(Trainer):
+    """A player sharded over the ranks of its team; made and called on rank 0, which may be one of them or not.
+
+    Every call tells the whole team what to do. `shard`: rank 0's own, where it has one.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: LearnSettings,
+        *,
+        field: str,
+        lr: float | None = None,
+        ema: bool = True,
+        ahead: bool = False,
+        device: torch.device | str = "cpu",
+        remote_code: bool = False,
+    ):
+        super().__init__(tokenizer, settings, lr=lr, ema=ema, ahead=ahead)
+        self._source, self._field, self._remote_code = source.absolute(), field, remote_code
+        self._device = torch.device(device)
+        self.team = teams().of(field.partition(".")[0])
+        self._holder = Shardholder(self.team)
+        self._previous = ema and ahead and self.recomputes
+        made = self._call(
+            "make",
+            folder=str(self._source),
+            settings=settings.model_dump(mode="json"),
+            lr=lr,
+            ema=ema,
+            ahead=ahead,
+            remote_code=remote_code,
+        )
+        self.notes += made["notes"]
+        self._layout = Layout.of(made["layout"])
+
+    def _call(self, call: str, **details: Any) -> Any:
+        """The result of a call that the whole team makes."""
+        message = {"call": call, "player": self._field, **details}
+        with self.team.turn(message):
+            return self.team.call(message, self._holder.perform)
+
+    def _moving(self, call: str, **details: Any) -> AbstractContextManager[None]:
+        """Inside, the others move tensors as `call` says, and have nothing to tell at the end."""
+        return self.team.turn({"call": call, "player": self._field, "silent": True, **details})
+
+    def _own(self, what: str) -> Mapping[str, Tensor]:
+        """Rank 0's own pieces, none where it is no member."""
+        shard = self._holder.shards.get(self._field)
+        return {} if shard is None else shard.pieces(what)
+
+    def update_pairs(self, pairs: Sequence[Pair], progress: float) -> Metrics:
+        if not pairs:
+            return {"pairs": 0.0}
+        decided = self.reference.decided
+        values: Metrics = self._call("pairs", pairs=pairs_message(pairs), progress=progress, decided=decided)
+        self.updates += 1
+        self._measured(values)
+        return values
+
+    def update_groups(self, groups: Sequence[Group], progress: float) -> Metrics:
+        if not any(member.weight for group in groups for member in group.members):
+            return {"members": 0.0}
+        values: Metrics = self._call("groups", groups=groups_message(groups), progress=progress)
+        self.updates += 1
+        return values
+
+    def sampler_gap(self, samples: Sequence[Sample]) -> SamplerGap:
+        return SamplerGap(**self._call("gap", samples=samples_message(samples)))
+
+    @property
+    def published(self) -> Mapping[str, Tensor]:
+        """Names, shapes and device; no values."""
+        empty = torch.zeros((), device=self._device)
+        return {name: empty.expand(shape) for name, shape in self._layout.shapes.items()}
+
+    @torch.no_grad()
+    def publish_into(self, served: Mapping[str, Tensor]) -> None:
+        """The average moves on every shard, without a word between them, and is then gathered to be written."""
+        self._previous = self._previous and self._keeps_previous
+        if self.averaged:
+            self._call("average", decay=self._next_decay(), keeps=self._previous)
+        self.serve_into(served)
+
+    @torch.no_grad()
+    def serve_into(self, served: Mapping[str, Tensor]) -> None:
+        dtypes = {served[name].dtype for name in self._layout.shapes}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        for name, whole in self._gathered("shadow" if self.averaged else "live", dtype):
+            served[name].copy_(whole)
+
+    def _gathered(self, what: str, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors; whoever asks must take them all."""
+        with self._moving("collect", what=what, dtype=str(dtype).removeprefix("torch.")):
+            yield from self._layout.collect(self._own(what), dtype, self.team)
+
+    @torch.no_grad()
+    def whole(self) -> Whole:
+        """Gathered into host memory: 16 bytes a parameter on rank 0 while it is saved or loaded."""
+        model = load_model(self._source, self._field, remote_code=self._remote_code).eval()
+        parameters = dict(model.named_parameters())
+        for name, tensor in self._gathered("live"):
+            parameters[name].copy_(tensor)
+        optimizer = torch.optim.AdamW(
+            parameters.values(),
+            lr=self.base_lr,
+            betas=self.settings.betas,
+            weight_decay=self.settings.weight_decay,
+            fused=True,
+        )
+        if steps := self._call("steps"):
+            for parameter in parameters.values():
+                optimizer.state[parameter]["step"] = torch.tensor(steps)
+            for entry in MOMENTS:
+                for name, tensor in self._gathered(entry):
+                    optimizer.state[parameters[name]][entry] = tensor.cpu().clone()
+        shadow, previous = (
+            {name: tensor.cpu().clone() for name, tensor in self._gathered(what)} if there else {}
+            for what, there in (("shadow", self.averaged), ("previous", self._previous))
+        )
+        return Whole(model, shadow, previous, optimizer)
+
+    @torch.no_grad()
+    def take(self, whole: Whole) -> None:
+        parameters = dict(whole.model.named_parameters())
+        states = {name: whole.optimizer.state.get(p, {}) for name, p in parameters.items()}
+        steps = max((float(state["step"]) for state in states.values() if state), default=0.0)
+        self._previous = bool(whole.previous)
+        wholes: dict[str, Mapping[str, Tensor]] = {
+            "live": parameters, "shadow": whole.shadow, "previous": whole.previous,
+            **{entry: {name: state[entry] for name, state in states.items()} for entry in (MOMENTS if steps else ())},
+        }  # fmt: skip
+        with self._moving("take", steps=steps, previous=self._previous):
+            shard = self._holder.shards.get(self._field)
+            if shard is not None:
+                shard.take_pieces(
+                    steps, self._previous, lambda what, own: self._layout.deal(wholes[what], own, self.team)
+                )
+                return
+            kinds = ("live", *(MOMENTS if steps else ()), *(w for w in ("shadow", "previous") if wholes[w]))
+            for what in kinds:
+                self._layout.deal(wholes[what], {}, self.team)
