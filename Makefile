@@ -14,7 +14,7 @@ train: $(VENV)/.train
 train3: $(VENV)/.train
 	$(BIN)/advgame train configs/tiny.yaml --seeds 3
 
-# Everything; the other libraries that tests drive (vLLM's CPU build, DeepSpeed, lm-eval: 5 GB) are installed first.
+# Everything; the other libraries that tests drive (vLLM's CPU build, DeepSpeed, Ray, lm-eval: 5 GB) are installed first.
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest $(SPREAD)
 

@@ -12,7 +12,7 @@ def run_train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     if arguments.seeds < 1:
         raise InputError("--seeds: give 1 or more")
-    config = load_config(arguments.config, overrides)
+    config = load_config(arguments.config, placed(arguments, overrides))
     if arguments.seeds > 1 and config.run.name is not None:
         raise InputError("run.name: several seeds need a folder each; leave the name out")
 
@@ -41,8 +41,13 @@ def run_resume(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Continues a run; prints its folder."""
     from advgame.run.commands import resume
 
-    print(resume(arguments.run, overrides, quiet=arguments.quiet))
+    print(resume(arguments.run, placed(arguments, overrides), quiet=arguments.quiet))
     return 0
+
+
+def placed(arguments: argparse.Namespace, overrides: list[str]) -> list[str]:
+    """The overrides with `--cluster` written out."""
+    return overrides if arguments.cluster is None else ["--cluster.placement", arguments.cluster, *overrides]
 
 
 def run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:

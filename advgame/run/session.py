@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -35,6 +36,9 @@ from advgame.run import names
 from advgame.run.engines import check_engines, judge_engine, notes_of, open_endpoint_speaker, open_engine
 from advgame.world.judge_training import judge_templates
 from advgame.world.world import World, open_world
+
+if TYPE_CHECKING:
+    from advgame.cluster.ray_cluster import Cluster
 
 Progress = Callable[[str, int, int, float], None]
 
@@ -68,6 +72,7 @@ class Session:
     counters: Counter[str] = field(default_factory=Counter)
     meters: dict[str, Meter] = field(default_factory=dict)
     abreast: SideBySide = field(default_factory=lambda: SideBySide(torch.device("cpu"), allowed=False))
+    cluster: Cluster | None = None
 
     @property
     def learners(self) -> dict[str, Learner]:
@@ -97,6 +102,8 @@ class Session:
     async def close(self) -> None:
         for one in (*(side.engine for side in self.sides), *self.others):
             await one.close()
+        if self.cluster is not None:
+            self.cluster.close()
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,7 @@ class Plan:
     seeds: SeedStream | None
     validation: dict[str, list[Seed]]
     tokenizers: dict[Path, PreTrainedTokenizerBase]
+    cluster: Cluster | None = None
 
 
 def check(config: Config) -> Plan:
@@ -144,8 +152,8 @@ def check(config: Config) -> Plan:
     for name, folder in fields.items():
         if folder is not None:
             check_length(config, folder, name.split(".")[0])
-    check_engines(config, {name: folder for name, folder in fields.items() if folder is not None})
-    return Plan(config, templates, stream, validation, tokenizers)
+    cluster = check_engines(config, {name: folder for name, folder in fields.items() if folder is not None})
+    return Plan(config, templates, stream, validation, tokenizers, cluster)
 
 
 def check_length(config: Config, folder: Path, player: str) -> None:
@@ -201,6 +209,7 @@ def open_session(plan: Plan, cache: Path | None = None, progress: Progress | Non
             counters=counters,
             device=device,
             elsewhere=elsewhere,
+            cluster=plan.cluster,
         )
 
     def speaker_of(name: str, engine: Engine, folder: Path, sampling: SamplingSettings) -> Speaker:
@@ -263,7 +272,8 @@ def open_session(plan: Plan, cache: Path | None = None, progress: Progress | Non
     rewards = RewardRules(config.game.attacker_judge, config.game.optimistic, zero_sum=config.game.self_play)
     abreast = SideBySide(device, allowed=config.learn.streams == "auto")
     seated = tuple(sides)
-    return Session(config, world, stream, validation, seated, table, rewards, tuple(others), counters, meters, abreast)
+    held = (counters, meters, abreast, plan.cluster)
+    return Session(config, world, stream, validation, seated, table, rewards, tuple(others), *held)
 
 
 def world_roles(config: Config) -> list[str]:
