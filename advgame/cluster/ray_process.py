@@ -151,6 +151,7 @@ class RayProcess:
 
     async def _answers(self, reference: Awaitable[bool]) -> bool:
         task = asyncio.ensure_future(_awaited(reference))
+        task.add_done_callback(lambda one: one.cancelled() or one.exception())  # where nobody waits for it any more
         while True:
             since = time.monotonic()
             await asyncio.wait({task}, timeout=self._silence)
