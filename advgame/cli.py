@@ -52,11 +52,17 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="YAML file, for example configs/tiny.yaml")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="play N seeds, one after another (default 1)")
     parser.add_argument("--quiet", action="store_true", help="print nothing but the run folder")
+    _cluster_argument(parser)
+
+
+def _cluster_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cluster", choices=("local", "ray"), help="where vLLM engines run (cluster.placement)")
 
 
 def _resume_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--quiet", action="store_true", help="print nothing but the run folder")
+    _cluster_argument(parser)
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError
 
+from advgame.cluster.settings import ClusterSettings
 from advgame.errors import InputError
 from advgame.game.settings import GameSettings, JudgeSettings
 from advgame.learn.settings import LearnSettings
@@ -52,6 +53,7 @@ class Config(Section):
     game: GameSettings = Field(default_factory=GameSettings, description="Rules of the game.")
     rollout: RolloutSettings = Field(default_factory=RolloutSettings, description="Sampling.")
     learn: LearnSettings = Field(default_factory=LearnSettings, description="Learning.")
+    cluster: ClusterSettings = Field(default_factory=ClusterSettings, description="Where vLLM engines run.")
     trust_remote_code: bool = Field(False, description="Let model folders run their own Python code.")
 
 
@@ -266,8 +268,32 @@ def _objective(c: Config) -> str | None:
 
 
 def _engines(c: Config) -> str | None:
-    if c.rollout.engine == "vllm" and c.game.self_play and {"attacker", "defender"} & set(c.rollout.vllm.devices):
-        return "rollout.vllm.devices: with game.self_play both roles are the engine `shared`"
+    vllm = c.rollout.vllm
+    for field, names in (("devices", set(vllm.devices)), ("replicas", set(vllm.replicas))):
+        if c.rollout.engine == "vllm" and c.game.self_play and {"attacker", "defender"} & names:
+            return f"rollout.vllm.{field}: with game.self_play both roles are the engine `shared`"
+    for name, devices in vllm.devices.items():
+        if isinstance(devices, list) and len(devices) != (count := vllm.replicas_of(name)):
+            return (
+                f"rollout.vllm.devices: {name} has {len(devices)} entries for {count} replicas; give one each, or one "
+                "text that all share"
+            )
+    return None
+
+
+def _cluster(c: Config) -> str | None:
+    if c.cluster.placement == "local":
+        return None
+    judged = c.judge.kind == "llm" and c.judge.endpoint is None and (c.judge.engine or c.rollout.engine) == "vllm"
+    if c.rollout.engine != "vllm" and not judged:
+        return "cluster.placement: ray places vLLM engines, and this run has none; set rollout.engine: vllm"
+    if c.rollout.engine == "vllm" and c.rollout.vllm.transport not in ("auto", "collective"):
+        return (
+            f"rollout.vllm.transport: {c.rollout.vllm.transport} does not leave its node; with cluster.placement: ray "
+            "set collective (or auto)"
+        )
+    if c.rollout.vllm.devices:
+        return "rollout.vllm.devices: with cluster.placement: ray the cluster hands out GPUs; leave it out"
     return None
 
 
@@ -323,7 +349,7 @@ def _players(c: Config) -> str | None:
     return None
 
 
-COMBINATIONS = (_world_or_models, _judge, _templates, _objective, _overlap, _deepspeed, _players, _engines)
+COMBINATIONS = (_world_or_models, _judge, _templates, _objective, _overlap, _deepspeed, _players, _engines, _cluster)
 """Each looks at the whole tree and returns "field: what cannot be and the mend", or None."""
 
 

@@ -17,7 +17,7 @@ def run_train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     if arguments.seeds < 1:
         raise InputError("--seeds: give 1 or more")
-    config = load_config(arguments.config, overrides)
+    config = load_config(arguments.config, placed(arguments, overrides))
     if arguments.seeds > 1 and config.run.name is not None:
         raise InputError("run.name: several seeds need a folder each; leave the name out")
 
@@ -47,6 +47,7 @@ def run_resume(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Continues a run; prints its folder."""
     from advgame.run.commands import config_of, resume
 
+    overrides = placed(arguments, overrides)
     with _ranks(config_of(arguments.run, overrides)) as leads:
         if leads:
             print(resume(arguments.run, overrides, quiet=arguments.quiet))
@@ -63,6 +64,11 @@ def _ranks(config: Config) -> AbstractContextManager[bool]:
     from advgame.learn.team import joined
 
     return joined(config.run.threads, config.learn.deepspeed.attacker_ranks)
+
+
+def placed(arguments: argparse.Namespace, overrides: list[str]) -> list[str]:
+    """The overrides with `--cluster` written out."""
+    return overrides if arguments.cluster is None else ["--cluster.placement", arguments.cluster, *overrides]
 
 
 def run_config(arguments: argparse.Namespace, overrides: list[str]) -> int:

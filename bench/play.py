@@ -106,7 +106,7 @@ async def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     async def timed(name: str, playing: Callable[[], Awaitable[Any]], batches: int = 1) -> Any:
         for engine in engines.values():
-            await vllm_start.reset_caches(engine._llm)
+            await engine._process.reset_caches()
         for speaker in speakers.values():
             speaker.meter.take()
         started = time.perf_counter()

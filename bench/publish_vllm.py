@@ -150,8 +150,8 @@ async def measure(folder: Path, model: torch.nn.Module, rounds: int) -> dict[str
     version = 0
     try:
         await engine.start()
-        await loader.attach(engine._llm)
-        await buckets.attach(engine._llm)
+        await loader.attach(engine._process)
+        await buckets.attach(engine._process)
         for turn in range(rounds + 2):
             for name, (channel, write) in contenders.items():
                 engine._channel = channel

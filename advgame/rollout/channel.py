@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from advgame.rollout.engine import EngineDied
+
 Write = Callable[[Mapping[str, Tensor]], None]
 """Fills an engine's tensors, by parameter name."""
 
@@ -36,6 +38,30 @@ class Channel(Protocol):
         """After a write and before the engine runs again: whatever is left until it reads the new weights."""
 
     def close(self) -> None: ...
+
+
+class WriteFailed(Exception):
+    """The caller's `write` raised `error`."""
+
+    def __init__(self, error: Exception):
+        super().__init__(str(error))
+        self.error = error
+
+
+def written_into(channel: Channel, write: Write) -> None:
+    """Raises WriteFailed with whatever `write` raises."""
+    try:
+        write(channel.destinations)
+    except Exception as error:
+        raise WriteFailed(error) from error
+
+
+class PublishFailed(EngineDied):
+    """An engine was killed in a publish; `written`: after the caller's `write` had run."""
+
+    def __init__(self, message: str, written: bool):
+        super().__init__(message)
+        self.written = written
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,10 @@ class EngineError(RuntimeError):
     """An engine could not answer; the caller retries and counts it."""
 
 
+class EngineUnwell(EngineError):
+    """No answer in time, or one that cannot be used: it counts against the engine."""
+
+
 class EngineDied(EngineError):
     """An engine's process is gone or was given up; the next request restarts it at the current version."""
 

@@ -18,8 +18,15 @@ class SamplingSettings(Section):
     max_tokens: PositiveInt = Field(2048, description="Longest completion, closing token included.")
 
 
+EngineName = Literal["attacker", "defender", "shared", "judge"]
+
+
 class VllmSettings(Section):
     """How vLLM engines start, and how new weights reach them."""
+
+    replicas: dict[EngineName, PositiveInt] = Field(
+        {}, description="Engines of the same model, for example {defender: 2, judge: 6}; one where nothing is said."
+    )
 
     tensor_parallel: PositiveInt = Field(1, description="GPUs (or CPU workers) that share one engine's model.")
     memory_share: Share = Field(
@@ -32,8 +39,10 @@ class VllmSettings(Section):
     max_sequences: PositiveInt = Field(256, description="Most completions decoded at once.")
     prefix_caching: bool = Field(True, description="Keep the computed prefixes of prompts (a judge's rubric).")
     eager: bool | None = Field(None, description="Skip compilation and decode graphs; null: on the CPU only.")
-    devices: dict[Literal["attacker", "defender", "shared", "judge"], str] = Field(
-        {}, description="CUDA_VISIBLE_DEVICES of single engines, for example {attacker: '0', defender: '1'}."
+    devices: dict[EngineName, str | list[str]] = Field(
+        {},
+        description="CUDA_VISIBLE_DEVICES of engines, a list for replicas: {attacker: '0', defender: ['1', '2']}; one "
+        "entry for several replicas is shared by them.",
     )
     threads: PositiveInt = Field(1, description="OpenMP threads of an engine on the CPU.")
     transport: Literal["auto", "shm", "ipc", "collective", "loader"] = Field(
@@ -61,7 +70,20 @@ class VllmSettings(Section):
     start_timeout_s: PositiveFloat = Field(600.0, description="Longest start of an engine.")
     request_timeout_s: PositiveFloat = Field(1800.0, description="Longest wait for one completion.")
     publish_timeout_s: PositiveFloat = Field(60.0, description="Longest wait for each part of a publish.")
-    restarts: int = Field(3, ge=0, description="Restarts of a dead engine before the run gives up.")
+    breaker: int = Field(
+        3, ge=0, description="Timeouts or unusable answers in a row after which an engine is restarted; 0: never."
+    )
+    restarts: int = Field(
+        3, ge=0, description="Restarts of a dead engine before it is given up; without engines a run ends."
+    )
+
+    def replicas_of(self, name: str) -> int:
+        return next((count for one, count in self.replicas.items() if one == name), 1)
+
+    def device_of(self, name: str, replica: int = 0) -> str | None:
+        """CUDA_VISIBLE_DEVICES of one engine; None: whatever this process has."""
+        placed = next((devices for one, devices in self.devices.items() if one == name), None)
+        return placed[replica] if isinstance(placed, list) else placed
 
 
 class EndpointSettings(Section):

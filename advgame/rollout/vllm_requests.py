@@ -2,10 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from advgame.rollout.engine import EngineError, Request
+
+ROUNDING = 1e-3
+"""Nats above zero that a log-prob may be."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One completion in plain data. version: of the weights that made its first token; None: vLLM did not say (0.24).
+    cached_tokens: of the prompt, found in the prefix cache. Tokens and log-probs are empty where it was aborted."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    version: int | None
+    cached_tokens: int
+
+    @property
+    def usable(self) -> bool:
+        """Whether the log-probs are those of a distribution: an engine that has lost its weights says NaN."""
+        return all(math.isfinite(one) and one < ROUNDING for one in self.logprobs)
+
+
+def answer_of(final: Any) -> Answer:
+    """From vLLM's final output of a request."""
+    made = final.outputs[0]
+    cached = getattr(final, "num_cached_tokens", None) or 0
+    version = version_of(made)
+    if made.finish_reason not in ("stop", "length"):
+        return Answer((), (), str(made.finish_reason), version, cached)
+    tokens = tuple(made.token_ids)
+    logprobs = tuple(step[token].logprob for step, token in zip(made.logprobs, tokens, strict=True))
+    return Answer(tokens, logprobs, made.finish_reason, version, cached)
 
 
 def check(request: Request, name: str, *, text_stops: bool) -> None:
@@ -46,13 +80,10 @@ def parameters(request: Request, stop_ids: Sequence[int], *, every_token: bool) 
     )
 
 
-def version_of(made: Any, current: int) -> int:
-    """The weights' version that made a completion's first token.
-
-    Older vLLM stamps nothing; then nothing runs during a publish (`finish`) and the engine's version is right.
-    """
+def version_of(made: Any) -> int | None:
+    """The weights' version that made a completion's first token; None where vLLM stamps nothing (0.24)."""
     spans = getattr(made, "weight_versions", None)
-    return int(spans[0].version) if spans else current
+    return int(spans[0].version) if spans else None
 
 
 def is_death(error: Exception) -> bool:

@@ -60,14 +60,20 @@ def minor_version() -> int:
     return int(parts[1]) if parts else max(TESTED_MINORS)
 
 
-def check_model(folder: Path, field: str, settings: VllmSettings) -> None:
-    """InputError if vLLM here could not serve the model of `folder`: CPU head size, tensor-parallel size, length."""
+def check_model(
+    folder: Path, field: str, settings: VllmSettings, *, cpu: bool | None = None, elsewhere: bool = False
+) -> None:
+    """InputError if vLLM could not serve the model of `folder`: CPU head size, tensor-parallel size, length.
+
+    cpu: engines compute on CPUs (None: as here). elsewhere: not on this machine, whose GPUs then do not matter.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder).get_text_config()
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if on_cpu() and size not in CPU_HEAD_SIZES:
+    cpu = on_cpu() if cpu is None else cpu
+    if cpu and size not in CPU_HEAD_SIZES:
         known = ", ".join(map(str, CPU_HEAD_SIZES))
         raise InputError(f"{field}: vLLM on the CPU has no attention for heads of size {size}; it knows {known}")
     if heads % settings.tensor_parallel:
@@ -75,7 +81,7 @@ def check_model(folder: Path, field: str, settings: VllmSettings) -> None:
             f"rollout.vllm.tensor_parallel: {settings.tensor_parallel} does not divide the {heads} attention heads of "
             f"{folder}"
         )
-    if not on_cpu() and settings.tensor_parallel > torch.cuda.device_count():
+    if not cpu and not elsewhere and settings.tensor_parallel > torch.cuda.device_count():
         raise InputError(
             f"rollout.vllm.tensor_parallel: {settings.tensor_parallel} GPUs asked for, {torch.cuda.device_count()} here"
         )
@@ -201,6 +207,9 @@ def engine_arguments(
         # a seeded request whose prefill is chunked kills vLLM's CPU engine; then one prompt must fit a batch
         arguments["enable_chunked_prefill"] = False
         arguments["max_num_batched_tokens"] = max(2048, settings.max_model_len or positions_of(folder))
+    if settings.tensor_parallel > 1:
+        # inside a Ray actor vLLM would place its workers through Ray itself
+        arguments["distributed_executor_backend"] = "mp"
     if direct:
         arguments["weight_transfer_config"] = {"backend": BACKEND}
     if dummy:
@@ -233,9 +242,14 @@ def alive(llm: Any) -> bool:
 
 def kill(llm: Any) -> None:
     """Ends an engine at once, whatever it is doing."""
+    kill_processes(llm)
+    end(llm)
+
+
+def kill_processes(llm: Any) -> None:
+    """From any thread; what the front end holds is left to `kill`."""
     for process in _processes(llm):
         process.kill()
-    end(llm)
 
 
 def end(llm: Any) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from advgame.config import Config
+from advgame.errors import InputError
 from advgame.learn.load import load_model
 from advgame.learn.trainer import Trainer
 from advgame.rollout import vllm_start
@@ -18,15 +20,24 @@ from advgame.rollout.channel import Channel
 from advgame.rollout.chat import ChatFormat, stop_ids
 from advgame.rollout.endpoint_engine import EndpointSpeaker, check_endpoint
 from advgame.rollout.engine import Engine, Sampling
+from advgame.rollout.replicas import ReplicaEngine
 from advgame.rollout.sampler_process import SamplerProcess
 from advgame.rollout.transformers_engine import TransformersEngine
 from advgame.rollout.vllm_engine import VllmEngine
+from advgame.rollout.vllm_process import Launch, launch, launch_threaded
+
+if TYPE_CHECKING:
+    from advgame.cluster.ray_cluster import Cluster
+
+LOOPBACK = "127.0.0.1"
+"""`rollout.vllm.rendezvous_host` where nothing is said; on a cluster it stands for the trainer's own address there."""
 
 
-def check_engines(config: Config, folders: Mapping[str, Path]) -> None:
-    """Settings of engines against this machine and the model folders (by field name); loads and sends nothing.
+def check_engines(config: Config, folders: Mapping[str, Path]) -> Cluster | None:
+    """Settings of engines against this machine or the cluster and the model folders (by field name); loads nothing.
 
-    Raises InputError: vLLM missing or of another version, a model it cannot serve, a bad endpoint.
+    Returns the reservation of a run on a cluster. Raises InputError: vLLM missing or of another version, a model it
+    cannot serve, a bad endpoint, a cluster that is not there or too small.
     """
     if config.judge.endpoint is not None:
         check_endpoint(config.judge.endpoint, "judge.endpoint")
@@ -34,12 +45,36 @@ def check_engines(config: Config, folders: Mapping[str, Path]) -> None:
     judge = judge_engine(config) == "vllm"
     if players or judge:
         vllm_start.vllm_version("rollout.engine" if players else "judge.engine")
+    elsewhere = config.cluster.placement == "ray"
+    cluster = None
+    if elsewhere:
+        from advgame.cluster.ray_cluster import open_cluster
+
+        cluster = open_cluster(config.cluster, replicas_of(config), config.rollout.vllm.tensor_parallel)
+    elif players or judge:
         vllm_start.check_machine(config.rollout.vllm, publishes=players)
+    cpu = vllm_start.on_cpu() if cluster is None else not cluster.gpus
     for field, folder in folders.items():
         if judge if field.startswith("judge.") else players:
-            vllm_start.check_model(folder, field, config.rollout.vllm)
+            vllm_start.check_model(folder, field, config.rollout.vllm, cpu=cpu, elsewhere=elsewhere)
             if not field.startswith("judge."):
                 vllm_start.check_player(folder, field)
+    if cluster is not None and cluster.gpus and players and vllm_start.on_cpu():
+        raise InputError(
+            "cluster.gpus: engines on GPUs get their weights over NCCL, and torch sees no GPU for the trainer here; "
+            "start the run on a node with one"
+        )
+    return cluster
+
+
+def replicas_of(config: Config) -> dict[str, int]:
+    """How many engines each vLLM model of a run has, by the engine's name."""
+    named: list[str] = []
+    if config.rollout.engine == "vllm":
+        named = ["shared"] if config.game.self_play else ["attacker", "defender"][int(config.game.skip_attacker) :]
+    if judge_engine(config) == "vllm":
+        named = [*named, "judge"]
+    return {name: config.rollout.vllm.replicas_of(name) for name in named}
 
 
 def judge_engine(config: Config) -> str | None:
@@ -63,25 +98,33 @@ def open_engine(
     counters: Counter[str],
     device: torch.device,
     elsewhere: SamplerProcess | None = None,
+    cluster: Cluster | None = None,
 ) -> Engine:
     """The engine of one model; `learner` is who publishes to it, None for a frozen one. vLLM starts with `start`.
 
-    elsewhere: a child process in which a transformers engine samples.
+    elsewhere: a child process in which a transformers engine samples. cluster: where vLLM's engines are placed.
     The judge's (`name`) can stop at a text.
     """
     stops = stop_ids(folder, tokenizer)
     if kind == "vllm":
-        return VllmEngine(
-            folder,
-            name=name,
-            settings=config.rollout.vllm,
-            dtype=config.rollout.dtype,
-            stop_ids=stops,
-            channel=None if learner is None else open_channel(config, folder, learner.published),
-            restore=None if learner is None else learner.serve_into,
-            counters=counters,
-            text_stops=name == "judge",
-        )
+        count = config.rollout.vllm.replicas_of(name)
+        replicas = [
+            VllmEngine(
+                folder,
+                name=name,
+                settings=config.rollout.vllm,
+                dtype=config.rollout.dtype,
+                stop_ids=stops,
+                channel=None if learner is None else open_channel(config, folder, learner.published, cluster),
+                restore=None if learner is None else learner.serve_into,
+                counters=counters,
+                text_stops=name == "judge",
+                replica=number,
+                launch=launch_of(name, number, count, cluster),
+            )
+            for number in range(count)
+        ]
+        return replicas[0] if count == 1 else ReplicaEngine(replicas)
     model = load_model(folder, field, dtype=getattr(torch, config.rollout.dtype), remote_code=config.trust_remote_code)
     return TransformersEngine(
         model.to(device),
@@ -94,7 +137,16 @@ def open_engine(
     )
 
 
-def open_channel(config: Config, folder: Path, parameters: Mapping[str, Tensor]) -> Channel:
+def launch_of(name: str, number: int, count: int, cluster: Cluster | None) -> Launch:
+    """Where replica `number` of `count` runs; beside others in a thread, so that its start does not hold them up."""
+    if cluster is not None:
+        return cluster.launch(name, number)
+    return launch if count == 1 else launch_threaded
+
+
+def open_channel(
+    config: Config, folder: Path, parameters: Mapping[str, Tensor], cluster: Cluster | None = None
+) -> Channel:
     """The way of weights by `rollout.vllm.transport`."""
     from advgame.publish.channels import AutoChannel, IpcChannel, LoaderChannel, ShmChannel
     from advgame.publish.collective import CollectiveChannel
@@ -102,6 +154,10 @@ def open_channel(config: Config, folder: Path, parameters: Mapping[str, Tensor])
 
     sources, settings = sources_of(parameters.items()), config.rollout.vllm
     device = next(iter(parameters.values())).device
+    if cluster is not None:
+        if settings.rendezvous_host == LOOPBACK:
+            settings = settings.model_copy(update={"rendezvous_host": cluster.host})
+        return CollectiveChannel(folder.name, sources, device, settings)
     if settings.transport == "loader":
         return LoaderChannel(sources, config.rollout.dtype)
     if settings.transport == "collective":
@@ -124,7 +180,7 @@ def notes_of(config: Config, engines: Sequence[Engine]) -> list[str]:
     if config.judge.endpoint is not None:
         host = check_endpoint(config.judge.endpoint, "judge.endpoint")
         notes.append(f"egress: the judge's questions go to {host} (judge.endpoint), and nowhere else")
-    started = [engine for engine in engines if isinstance(engine, VllmEngine)]
+    started = [engine for engine in engines if isinstance(engine, VllmEngine | ReplicaEngine)]
     if started and config.run.deterministic:
         notes.append("run.deterministic: vLLM batches requests as they come; this run does not repeat bit for bit")
     notes += [f"{engine.name}: {note}" for engine in started for note in engine.notes]

@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from advgame.game.pairs import Role, groups_of, pairs_of
 from advgame.game.rewards import TreeRewards, tree_rewards
 from advgame.game.tree import Attack, Category, Outcome, Response, Tree
 from advgame.learn.trainer import Trainer, Whole
 from advgame.rollout.engine import EngineError
+from advgame.rollout.replicas import ReplicaEngine
 from advgame.rollout.speaker import Speaker
 from advgame.rollout.vllm_engine import VllmEngine
 from advgame.run import names
@@ -158,9 +159,10 @@ async def aside(thread: Executor | None, function: Callable[..., T], *arguments:
 
 
 def engine_devices(session: Session) -> Mapping[str, str]:
-    """CUDA_VISIBLE_DEVICES of the engines that have their own."""
+    """CUDA_VISIBLE_DEVICES of the engines that have their own, those of replicas together."""
     rollout = session.config.rollout
-    return cast(Mapping[str, str], rollout.vllm.devices) if rollout.engine == "vllm" else {}
+    placed = rollout.vllm.devices.items() if rollout.engine == "vllm" else ()
+    return {name: devices if isinstance(devices, str) else ",".join(devices) for name, devices in placed}
 
 
 def check_answered(session: Session, trees: Sequence[Tree], step: int) -> None:
@@ -261,7 +263,7 @@ def publish_times(session: Session) -> dict[str, float]:
             continue
         if side.engine.first_token.seconds:
             values[names.first_token_seconds(side.name)] = side.engine.first_token.seconds
-        if isinstance(side.engine, VllmEngine):
+        if isinstance(side.engine, VllmEngine | ReplicaEngine):
             parts = asdict(side.engine.last_publish)
             values |= {f"publish/{side.name}/{part}_ms": 1000 * seconds for part, seconds in parts.items()}
     return values

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -37,6 +38,9 @@ from advgame.run import names
 from advgame.run.engines import check_engines, judge_engine, notes_of, open_endpoint_speaker, open_engine
 from advgame.world.judge_training import judge_templates
 from advgame.world.world import World, open_world
+
+if TYPE_CHECKING:
+    from advgame.cluster.ray_cluster import Cluster
 
 Progress = Callable[[str, int, int, float], None]
 
@@ -70,6 +74,7 @@ class Session:
     counters: Counter[str] = field(default_factory=Counter)
     meters: dict[str, Meter] = field(default_factory=dict)
     abreast: SideBySide = field(default_factory=lambda: SideBySide(torch.device("cpu"), allowed=False))
+    cluster: Cluster | None = None
 
     @property
     def learners(self) -> dict[str, Trainer]:
@@ -99,6 +104,8 @@ class Session:
     async def close(self) -> None:
         for one in (*(side.engine for side in self.sides), *self.others):
             await one.close()
+        if self.cluster is not None:
+            self.cluster.close()
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,7 @@ class Plan:
     seeds: SeedStream | None
     validation: dict[str, list[Seed]]
     tokenizers: dict[Path, PreTrainedTokenizerBase]
+    cluster: Cluster | None = None
 
 
 def check(config: Config) -> Plan:
@@ -147,8 +155,8 @@ def check(config: Config) -> Plan:
     for name, folder in fields.items():
         if folder is not None:
             check_length(config, folder, name.split(".")[0])
-    check_engines(config, {name: folder for name, folder in fields.items() if folder is not None})
-    return Plan(config, templates, stream, validation, tokenizers)
+    cluster = check_engines(config, {name: folder for name, folder in fields.items() if folder is not None})
+    return Plan(config, templates, stream, validation, tokenizers, cluster)
 
 
 def check_length(config: Config, folder: Path, player: str) -> None:
@@ -204,6 +212,7 @@ def open_session(plan: Plan, cache: Path | None = None, progress: Progress | Non
             counters=counters,
             device=device,
             elsewhere=elsewhere,
+            cluster=plan.cluster,
         )
 
     def speaker_of(name: str, engine: Engine, folder: Path, sampling: SamplingSettings) -> Speaker:
@@ -276,7 +285,8 @@ def open_session(plan: Plan, cache: Path | None = None, progress: Progress | Non
         apart=sharded and config.learn.deepspeed.attacker_ranks is not None,
     )
     seated = tuple(sides)
-    return Session(config, world, stream, validation, seated, table, rewards, tuple(others), counters, meters, abreast)
+    held = (counters, meters, abreast, plan.cluster)
+    return Session(config, world, stream, validation, seated, table, rewards, tuple(others), *held)
 
 
 def world_roles(config: Config) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from advgame.game.pairs import Role
 from advgame.game.tree import Sample, Tree
 from advgame.learn.trainer import SamplerGap
+from advgame.rollout.replicas import ReplicaEngine
 from advgame.rollout.vllm_engine import VllmEngine
 from advgame.run.session import Session, Side
 
@@ -67,7 +68,12 @@ def gap_metrics(
 
 def due(session: Session, side: Side, step: int) -> bool:
     every = session.config.rollout.vllm.verify_every
-    return side.learner is not None and isinstance(side.engine, VllmEngine) and bool(every) and step % every == 0
+    return (
+        side.learner is not None
+        and isinstance(side.engine, VllmEngine | ReplicaEngine)
+        and bool(every)
+        and step % every == 0
+    )
 
 
 def measured_by_update(side: Side) -> bool:

@@ -49,7 +49,7 @@ def test_a_live_engine_takes_buckets_and_is_replaced_when_it_dies(runner, tmp_pa
         for version, model in ((1, second), (2, first)):
             runner.run(engine.publish(version, writer(model)))
             assert_serves(runner, engine, model, version)
-        runner.run(engine._llm.collective_rpc("advgame_zero"))
+        runner.run(engine._process.collective_rpc("advgame_zero"))
         runner.run(engine.publish(3, writer(second)))
         assert_serves(runner, engine, second, 3)
         assert not {k: v for k, v in engine.counters.items() if v and not k.endswith("_tokens")}

@@ -167,8 +167,8 @@ def test_an_error_of_the_trainer_comes_through_as_it_is(runner, engine, pair):
 def test_a_cancelled_start_leaves_no_process(runner, folder, monkeypatch):
     seen = []
 
-    async def hanging(llm):
-        seen.extend(vllm_start.process_ids(llm))
+    async def hanging(process):
+        seen.extend(process.process_ids)
         await asyncio.sleep(100)
 
     async def run():
@@ -179,7 +179,7 @@ def test_a_cancelled_start_leaves_no_process(runner, folder, monkeypatch):
         with pytest.raises(asyncio.CancelledError):
             await starting
 
-    monkeypatch.setattr("advgame.rollout.vllm_engine.guard", hanging)
+    monkeypatch.setattr("advgame.rollout.vllm_open.guard", hanging)
     runner.run(run())
     assert seen
     give_up = time.monotonic() + 5

@@ -67,7 +67,7 @@ def test_new_weights_are_what_is_sampled_from(runner, tmp_path, family, tied):
             runner.run(engine.publish(version, writer(model)))
             assert_serves(runner, engine, model, version)
         # nothing may survive a zeroed engine but what the publish writes
-        runner.run(engine._llm.collective_rpc("advgame_zero"))
+        runner.run(engine._process.collective_rpc("advgame_zero"))
         assert asked(runner, engine)[0].token_ids != assert_tokens(first)
         runner.run(engine.publish(3, writer(second)))
         assert_serves(runner, engine, second, 3)

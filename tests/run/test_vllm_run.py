@@ -109,6 +109,56 @@ def test_an_engine_that_dies_is_replaced_within_a_run(words, tmp_path, monkeypat
 
 
 @pytest.mark.slow
+def test_a_replica_that_dies_costs_no_tree(words, tmp_path, monkeypatch):
+    """Killed in mid-play: every request of its trees is asked of the other one, and both serve the next version."""
+    import os
+    import signal
+
+    from advgame.rollout.vllm_engine import VllmEngine
+
+    pytest.importorskip("vllm")
+    generate, attempt, seen, restarted = VllmEngine.generate, VllmEngine.attempt, [], []
+
+    async def deadly(self, request):
+        seen.append(self)
+        if len(seen) == 100:  # of 48 a step, with one validation of 8 before
+            for pid in self.process_ids:
+                os.kill(pid, signal.SIGKILL)
+        return await generate(self, request)
+
+    async def watched(self, *arguments):
+        restarted.append(self.counters["defender_restarts"])
+        return await attempt(self, *arguments)
+
+    monkeypatch.setattr(VllmEngine, "generate", deadly)
+    monkeypatch.setattr(VllmEngine, "attempt", watched)
+    two = ["--rollout.vllm.replicas", "{defender: 2}", "--run.steps", "6"]
+    assert cli.main([*words, "--run.name", "d", *two]) == 0
+    rows = rows_of(tmp_path / "d")
+    assert_every_tree_once(tmp_path / "d", steps=6, trees=8)
+    assert rows[5]["count/defender_restarts"] == 1
+    assert rows[5]["count/defender_moved"] > 0
+    assert not {"count/defender_failures", "count/defender_given_up", "count/defender_lost"} & rows[5].keys()
+    for row in rows[:6]:
+        assert row["publish/defender/write_ms"] > 0
+        assert not any(key.endswith("/stale") and value for key, value in row.items())
+    assert len({id(engine) for engine in seen[:20]}) == 2
+    assert all(row.get("sampler_gap_defender", 0) < 1e-3 for row in rows)
+
+
+def assert_every_tree_once(run, *, steps, trees):
+    """From the recorder's files: each (step, index) once, every sample from the weights of its step, in full."""
+    from advgame.run.recorder import read_trees, tree_files
+
+    found = [one.tree for file in tree_files(run / "trees") for one in read_trees(file)]
+    assert sorted((tree.step, tree.index) for tree in found) == [(s, i) for s in range(steps) for i in range(trees)]
+    for tree in found:
+        samples = [response.sample for attack in tree.attacks for response in attack.responses]
+        assert len(samples) == 6
+        assert {sample.version for sample in samples} == {tree.step}
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_both_players_and_the_worlds_judge_on_vllm(tmp_path, monkeypatch):
     pytest.importorskip("vllm")

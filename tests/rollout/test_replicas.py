@@ -1,0 +1,417 @@
+"""Replicas of one model: who is asked, what moves when one dies, hangs or fails a publish, and which weights serve."""
+
+import asyncio
+import os
+import signal
+import time
+from collections import Counter
+from contextlib import suppress
+
+import engines
+import models
+import pytest
+import torch
+
+from advgame.game.tree import Sample
+from advgame.publish.channels import ShmChannel
+from advgame.publish.plan import sources_of
+from advgame.rollout.channel import PublishFailed, PublishTimes
+from advgame.rollout.engine import EngineDied, EngineUnwell
+from advgame.rollout.replicas import ReplicaEngine
+from advgame.rollout.vllm_process import launch_threaded
+
+PROMPTS = [(3, 9, 10), (3, 9, 10, 11, 12, 13), (3, 14)]
+
+
+class Scripted:
+    """A replica whose fate the test decides; `weights` is what was written into it last."""
+
+    def __init__(self, number, counters, average, restarts=3):
+        self.name, self.folder, self.counters, self.number = "defender", None, counters, number
+        self.average, self.left, self.version = average, restarts, 0
+        self.serving, self.spent, self.notes, self.process_ids = False, False, (), []
+        self.weights, self.last_publish, self.first_token = 0, PublishTimes(), None
+        self.asked, self.starts, self.hold, self.breaks, self.fails = 0, 0, None, False, False
+
+    def restore(self, served):
+        served["w"] = self.average["w"]
+
+    async def start(self):
+        if self.serving:
+            return
+        if self.starts:
+            if not self.left:
+                self.spent = True
+                raise EngineDied(f"replica {self.number} is spent")
+            self.left -= 1
+        self.starts += 1
+        await asyncio.sleep(0.01)
+        self.weights, self.serving = self.average["w"], True
+
+    async def generate(self, request):
+        self.asked += 1
+        weights, version = self.weights, self.version
+        if self.hold is not None:
+            await self.hold.wait()
+        if not self.serving:
+            raise EngineDied("died")
+        if self.fails:
+            raise EngineUnwell("no answer")
+        assert weights == version, "a sample with a wrong version"
+        return Sample(request.prompt_ids, (version,), (0.0,), "stop", version)
+
+    async def attempt(self, version, write, turn=None):
+        await self.start()
+        await asyncio.sleep(0.001)
+        if self.breaks:
+            self.breaks = self.serving = False
+            raise PublishFailed("broke", written=False)
+        if turn is not None:
+            await turn()
+        served = {}
+        write(served)
+        await asyncio.sleep(0.001)
+        self.weights, self.version = served["w"], version
+
+    async def close(self):
+        self.serving = False
+
+    def die(self):
+        self.serving = False
+        if self.hold is not None:
+            self.hold.set()
+
+
+class Average:
+    """What a learner publishes: `write` moves it."""
+
+    def __init__(self):
+        self.moves, self.now = 0, {"w": 0}
+
+    def write(self, served):
+        self.moves += 1
+        self.now["w"] += 1
+        served["w"] = self.now["w"]
+
+
+def scripted(count=3, **kwargs):
+    average, counters = Average(), Counter()
+    seats = [Scripted(i, counters, average.now, **kwargs) for i in range(count)]
+    return ReplicaEngine(seats), seats, average, counters
+
+
+async def ask(engine, count):
+    return await asyncio.gather(*(engine.generate(engines.request((3, i), i)) for i in range(count)))
+
+
+async def until(condition):
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def test_requests_go_to_the_least_loaded():
+    async def run():
+        engine, seats, _, _ = scripted()
+        for seat in seats:
+            seat.hold = asyncio.Event()
+        busy = asyncio.create_task(ask(engine, 9))
+        await until(lambda: sum(seat.asked for seat in seats) == 9)
+        assert [seat.asked for seat in seats] == [3, 3, 3]
+        seats[1].hold.set()
+        await until(lambda: engine._seats[1].load == 0)
+        more = asyncio.create_task(ask(engine, 3))
+        await more
+        assert [seat.asked for seat in seats] == [3, 6, 3]
+        for seat in seats:
+            seat.hold.set()
+        assert len(await busy) == 9
+
+    asyncio.run(run())
+
+
+def test_requests_of_a_dead_replica_move_at_once_and_it_comes_back():
+    async def run():
+        engine, seats, _, counters = scripted()
+        for seat in seats:
+            seat.hold = asyncio.Event()
+        busy = asyncio.create_task(ask(engine, 9))
+        await until(lambda: sum(seat.asked for seat in seats) == 9)
+        seats[0].die()
+        seats[0].hold = None
+        await until(lambda: seats[1].asked + seats[2].asked == 9)
+        for seat in seats[1:]:
+            seat.hold.set()
+        assert len(await busy) == 9
+        assert counters["defender_moved"] == 3
+        await until(lambda: seats[0].serving and engine._seats[0].up)
+        assert [seat.starts for seat in seats] == [2, 1, 1]
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_fails_draws_less_and_is_asked_again():
+    async def run():
+        engine, seats, _, _ = scripted(2)
+        await engine.start()
+        seats[0].fails = True
+        with pytest.raises(EngineUnwell):
+            await ask(engine, 1)
+        seats[0].fails = False
+        for seat in seats:
+            seat.hold = asyncio.Event()
+        busy = asyncio.create_task(ask(engine, 4))
+        await until(lambda: sum(seat.asked for seat in seats) == 5)
+        assert [seat.asked for seat in seats] == [1 + 1, 3]
+        for seat in seats:
+            seat.hold.set()
+        await busy
+        assert engine._seats[0].strikes == 0
+
+    asyncio.run(run())
+
+
+def test_a_request_that_kills_whoever_takes_it_ends():
+    async def run():
+        engine, seats, _, _ = scripted()
+        await engine.start()
+        for seat in seats:
+            seat.generate = lambda request, seat=seat: deadly(seat)
+
+        async def deadly(seat):
+            seat.die()
+            raise EngineDied("died")
+
+        with pytest.raises(EngineDied):
+            await engine.generate(engines.request((3,)))
+        await engine.close()
+
+    asyncio.run(run())
+
+
+def test_the_last_one_lost_ends_it_with_its_words():
+    async def run():
+        engine, seats, _, counters = scripted(2, restarts=0)
+        await engine.start()
+        for seat in seats:
+            seat.die()
+        with pytest.raises(EngineDied, match="replica 1 is spent"):
+            await ask(engine, 1)
+        assert counters["defender_lost"] == 2
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("broken", [(), (0,), (1,), (0, 1), (0, 1, 2)], ids=str)
+def test_the_average_moves_once_whoever_fails(broken):
+    async def run():
+        engine, seats, average, _ = scripted()
+        await engine.start()
+        for version in range(1, 4):
+            for number in broken:
+                seats[number].breaks = version == 2
+            await engine.publish(version, average.write)
+            assert (engine.version, average.moves) == (version, version)
+            assert {sample.version for sample in await ask(engine, 9)} == {version}
+        await until(lambda: all(seat.up for seat in engine._seats))
+        assert {(seat.version, seat.weights) for seat in seats} == {(3, 3)}
+
+    asyncio.run(run())
+
+
+def test_a_restart_that_a_publish_overtakes_serves_the_new_version():
+    async def run():
+        engine, seats, average, _ = scripted(2)
+        await engine.start()
+        go, start = asyncio.Event(), seats[0].start
+
+        async def slow():
+            await start()
+            await go.wait()
+
+        seats[0].start = slow
+        seats[0].die()
+        await ask(engine, 1)
+        await engine.publish(1, average.write)
+        assert (seats[1].version, seats[0].version, average.moves) == (1, 0, 1)
+        go.set()
+        await until(lambda: engine._seats[0].up)
+        assert (seats[0].version, seats[0].weights, average.moves) == (1, 1, 1)
+
+    asyncio.run(run())
+
+
+def test_an_error_of_the_trainer_comes_through_and_nobody_repeats_it():
+    async def run():
+        engine, _, _, _ = scripted()
+        calls = []
+
+        def write(served):
+            calls.append(1)
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            await engine.publish(1, write)
+        assert len(calls) == 1
+
+    asyncio.run(run())
+
+
+# with real engines
+
+
+class Weights:
+    """Two models that take turns as the average."""
+
+    def __init__(self):
+        self.models = [models.model(seed=s, hidden=engines.HIDDEN) for s in (0, 1)]
+        self.moves = 0
+
+    @property
+    def now(self):
+        return self.models[self.moves % 2]
+
+    def write(self, served):
+        self.moves += 1
+        self.restore(served)
+
+    def restore(self, served):
+        with torch.no_grad():
+            for name, parameter in self.now.named_parameters():
+                served[name].copy_(parameter)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return Weights()
+
+
+@pytest.fixture(scope="module")
+def pair(runner, tmp_path_factory, weights):
+    pytest.importorskip("vllm")
+    folder = engines.folder(tmp_path_factory.mktemp("m") / "m", seed=0)
+    counters = Counter()
+    settings = engines.settings(replicas={"defender": 2}, restarts=20)
+    made = [
+        engines.vllm_engine(
+            folder,
+            vllm=settings,
+            channel=ShmChannel("m", sources_of(weights.now.named_parameters())),
+            restore=weights.restore,
+            counters=counters,
+            launch=launch_threaded,
+            replica=i,
+        )
+        for i in range(2)
+    ]
+    engine = ReplicaEngine(made)
+    runner.run(engine.start())
+    yield engine
+    pids = engine.process_ids
+    runner.run(engine.close())
+    assert not any(os.path.exists(f"/proc/{pid}") and "Z" not in state(pid) for pid in pids)
+
+
+def state(pid):
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rsplit(")", 1)[1].split()[0]
+
+
+def kill(engine, how=signal.SIGKILL):
+    for pid in engine.process_ids:
+        os.kill(pid, how)
+
+
+def everybody_up(runner, engine):
+    async def wait():
+        async with asyncio.timeout(120):
+            while not all(seat.up for seat in engine._seats):
+                await asyncio.sleep(0.05)
+
+    runner.run(wait())
+
+
+def assert_all_serve(runner, engine, weights):
+    everybody_up(runner, engine)
+    for one in engine.replicas:
+        for sample in engines.play(runner, one, [engines.request(p, i, max_tokens=48) for i, p in enumerate(PROMPTS)]):
+            assert sample.version == engine.version
+            ids = torch.tensor([[*sample.prompt_ids, *sample.token_ids]])
+            with torch.no_grad():
+                logps = weights.now(input_ids=ids).logits[0].log_softmax(-1)
+            rows = torch.arange(len(sample.prompt_ids) - 1, ids.shape[1] - 1)
+            expected = logps[rows, torch.tensor(sample.token_ids)]
+            torch.testing.assert_close(torch.tensor(sample.logprobs), expected, atol=1e-4, rtol=1e-4)
+
+
+def requests(count, most=200):
+    return [engines.request(PROMPTS[i % 3], i, max_tokens=most) for i in range(count)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_replica_killed_in_mid_play_loses_nothing(runner, pair, weights):
+    async def run():
+        busy = [asyncio.create_task(pair.generate(r)) for r in requests(64)]
+        await asyncio.sleep(0.05)
+        killed = time.perf_counter()
+        kill(pair.replicas[0])
+        answers = await asyncio.gather(*busy)
+        return answers, time.perf_counter() - killed
+
+    before = dict(pair.counters)
+    answers, seconds = runner.run(run())
+    assert [a.prompt_ids for a in answers] == [r.prompt_ids for r in requests(64)]
+    assert seconds < 30
+    moved = pair.counters["defender_moved"] - before.get("defender_moved", 0)
+    assert 0 < moved <= 33
+    assert not pair._seats[0].up, "the answers came while it was being restarted"
+    runner.run(pair.publish(pair.version + 1, weights.write))
+    assert_all_serve(runner, pair, weights)
+    assert pair.counters["defender_restarts"] - before.get("defender_restarts", 0) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_replica_killed_in_a_publish_is_replaced_and_the_other_goes_on(runner, pair, weights):
+    """It dies while the average is written into it: the write stands, and the other copies it."""
+    everybody_up(runner, pair)
+    moves, restarts = weights.moves, pair.counters["defender_restarts"]
+
+    def write(served):
+        kill(pair.replicas[0])
+        weights.write(served)
+
+    start = time.perf_counter()
+    runner.run(pair.publish(pair.version + 1, write))
+    assert time.perf_counter() - start < 25
+    assert weights.moves == moves + 1
+    (sample,) = engines.play(runner, pair, requests(1))
+    assert sample.version == pair.version
+    assert_all_serve(runner, pair, weights)
+    assert pair.counters["defender_restarts"] == restarts + 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_replica_that_hangs_is_taken_out_by_the_breaker(runner, pair, weights):
+    everybody_up(runner, pair)
+    settings = pair.replicas[0].settings
+    settings.request_timeout_s, before = 4.0, dict(pair.counters)
+    kill(pair.replicas[1], signal.SIGSTOP)
+
+    async def persistent(request):
+        for _ in range(3):  # as a speaker asks
+            with suppress(EngineUnwell):
+                return await pair.generate(request)
+        raise AssertionError("given up")
+
+    async def run():
+        return await asyncio.gather(*(persistent(r) for r in requests(12, most=8)))
+
+    answers = runner.run(run())
+    settings.request_timeout_s = 1800.0
+    assert len(answers) == 12
+    assert pair.counters["defender_breaker"] - before.get("defender_breaker", 0) == 1
+    everybody_up(runner, pair)
+    assert_all_serve(runner, pair, weights)
