@@ -28,6 +28,7 @@ from advgame.game.llm_judge import LLMJudge
 from advgame.game.play import PlayRules, Stream, Table, play_batch
 from advgame.game.prompts import Templates
 from advgame.game.tree import Category, Rubric, Sample, Seed
+from advgame.malloc import collect_rarely
 from advgame.rollout.chat import ChatFormat
 from advgame.rollout.engine import Request, Sampling, stream_seed
 from advgame.rollout.first_token import FirstToken
@@ -165,11 +166,14 @@ def main(arguments: list[str]) -> int:
     print(f"{name}, transformers {transformers.__version__}; processor milliseconds a request")
     print(f"  {'trees in flight':>16}{ALONE:>24}{'ours':>10}{'tokenizer':>12}")
     result = {}
+    thresholds = gc.get_threshold()
+    collect_rarely()  # as a run does
     for trees in options.trees:
         found = measure(trees, options.rounds)
         own, tokenizer = found[OURS] - found[ALONE], found[WHOLE] - found[OURS]
         result[str(trees)] = found | {"ours": own, "tokenizer": tokenizer}
         print(f"  {trees:16}{found[ALONE]:24.3f}{own:10.3f}{tokenizer:12.3f}", flush=True)
+    gc.set_threshold(*thresholds)
     first, last = (result[str(trees)]["ours"] for trees in (options.trees[0], options.trees[-1]))
     worst = max(row["ours"] for row in result.values())
     print(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from advgame.config import Config, dump_config, load_config
 from advgame.errors import InputError
 from advgame.learn.trainer import Whole
-from advgame.malloc import keep_freed_memory
+from advgame.malloc import collect_rarely, keep_freed_memory
 from advgame.rollout.engine import EngineError
 from advgame.run import names
 from advgame.run.checkpoint import load_into
@@ -94,6 +94,7 @@ def resume(path: Path, overrides: list[str], *, quiet: bool = False) -> Path:
 def _play(config: Config, folder: RunFolder, checkpoint: Path | None, *, quiet: bool, plan: Plan) -> None:
     """The run in its folder, from `checkpoint` if there is one."""
     keep_freed_memory()
+    collect_rarely()
     parts = {role: steps_of(config.world, PlayerRole(role)) for role in world_roles(config)} if config.world else {}
     with Stage("warm start", parts, not quiet) as stage:
 
