@@ -193,7 +193,7 @@ def network() -> Iterator[Finding]:
 def config(path: Path, overrides: list[str]) -> Finding:
     """Everything a run checks before it loads a model."""
     from advgame.config import load_config
-    from advgame.run.session import check
+    from advgame.run.check import check
 
     try:
         check(load_config(path, overrides))

@@ -92,7 +92,7 @@ def chat_format(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> ChatForm
     """How a local model is asked: by its own chat template, and see `DefenderFormat`."""
     if not spec.reasons:
         return ChatFormat(tokenizer)
-    from advgame.run.session import load_templates
+    from advgame.run.check import load_templates
 
     assert spec.config is not None, "only a run's player reasons so"
     world = spec.world

@@ -20,7 +20,7 @@ from advgame.redteam.records import TARGET, Ledger, Voice
 from advgame.redteam.strategies import Crew
 from advgame.redteam.writers import AttackWriter, GameWriter, JsonWriter
 from advgame.rollout.engine import Sampling
-from advgame.run.session import load_templates
+from advgame.run.check import load_templates
 
 
 async def seat(

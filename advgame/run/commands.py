@@ -20,13 +20,14 @@ from advgame.learn.trainer import Whole
 from advgame.malloc import collect_rarely, keep_freed_memory
 from advgame.rollout.engine import EngineError
 from advgame.run import names
+from advgame.run.check import Plan, check
 from advgame.run.checkpoint import load_into
 from advgame.run.checkpoint_files import latest_checkpoint
 from advgame.run.folder import RunFolder, write_text_atomically
 from advgame.run.live import LiveView, Stage
 from advgame.run.loop import Progress, state_of, train
 from advgame.run.recorder import Recorder
-from advgame.run.session import Plan, Session, check, open_session, world_roles
+from advgame.run.session import Session, open_session, world_roles
 from advgame.run.summary import write_summary
 from advgame.run.trackers import make_trackers
 from advgame.world.training import PlayerRole

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from transformers import PreTrainedModel
 
-from advgame.config import world_judges
+from advgame.combinations import world_judges
 from advgame.evals.classify import Item, PhraseClassifier, WorldClassifier
 from advgame.evals.loaders.seeds import seed_row
 from advgame.evals.metrics import scoreboard

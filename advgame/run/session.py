@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from advgame.config import Config, PlayerSettings, world_judges
-from advgame.errors import InputError
+from advgame.combinations import world_judges
+from advgame.config import Config, PlayerSettings
 from advgame.game.judge import Judge
 from advgame.game.llm_judge import LLMJudge
 from advgame.game.pairs import Role
@@ -20,13 +20,11 @@ from advgame.game.phrase_judge import PhraseJudge
 from advgame.game.play import PlayRules, Table
 from advgame.game.prompts import Templates
 from advgame.game.rewards import RewardRules
-from advgame.game.seeds import SeedFile, SeedPool
 from advgame.game.stream import SeedStream
 from advgame.game.tree import Category, Seed
 from advgame.learn.learner import Learner
 from advgame.learn.streams import SideBySide
 from advgame.learn.trainer import Trainer
-from advgame.learn.zero_config import check_backend
 from advgame.rollout.chat import ChatFormat, load_tokenizer
 from advgame.rollout.endpoint_engine import EndpointSpeaker
 from advgame.rollout.engine import Engine, Sampling
@@ -35,7 +33,8 @@ from advgame.rollout.sampler_process import SamplerProcess
 from advgame.rollout.settings import SamplingSettings
 from advgame.rollout.speaker import Asks, Speaker
 from advgame.run import names
-from advgame.run.engines import check_engines, judge_engine, notes_of, open_endpoint_speaker, open_engine
+from advgame.run.check import Plan, load_templates
+from advgame.run.engines import judge_engine, notes_of, open_endpoint_speaker, open_engine
 from advgame.world.judge_training import judge_templates
 from advgame.world.world import World, open_world
 
@@ -106,69 +105,6 @@ class Session:
             await one.close()
         if self.cluster is not None:
             self.cluster.close()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What was checked before anything heavy loads."""
-
-    config: Config
-    templates: Templates
-    seeds: SeedStream | None
-    validation: dict[str, list[Seed]]
-    tokenizers: dict[Path, PreTrainedTokenizerBase]
-    cluster: Cluster | None = None
-
-
-def check(config: Config) -> Plan:
-    """Reads templates, seed files and tokenizers; loads no weights. Raises InputError at the first problem."""
-    game = config.game
-    check_backend(config)
-    templates = load_templates(config, None)  # a world's own take their place once it is open
-    stream = None
-    if config.data.train is not None:
-        train = [SeedFile(config.data.train, config.data.columns, config.data.category)]
-        stream = SeedStream(
-            SeedPool(train, Category.HARMFUL),
-            SeedPool(train, Category.BENIGN),
-            config.run.seed,
-            config.data.harmful,
-            config.data.benign,
-        )
-    stems = [path.stem for path in config.data.validation]
-    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        raise InputError(f"data.validation: two files are called {twice[0]!r}; metrics go by that name, rename one")
-    validation = {
-        path.stem: _head(SeedFile(path, config.data.columns, config.data.category), config.data.validation_limit)
-        for path in config.data.validation
-    }
-    fields = {
-        "attacker.model": None if game.skip_attacker or game.self_play else config.attacker.model,
-        "defender.model": config.defender.model,
-        "judge.model": config.judge.model if config.judge.kind == "llm" else None,
-    }
-    tokenizers = {
-        folder: load_tokenizer(folder, name, remote_code=config.trust_remote_code)
-        for name, folder in fields.items()
-        if folder is not None
-    }
-    for name, folder in fields.items():
-        if folder is not None:
-            check_length(config, folder, name.split(".")[0])
-    cluster = check_engines(config, {name: folder for name, folder in fields.items() if folder is not None})
-    return Plan(config, templates, stream, validation, tokenizers, cluster)
-
-
-def check_length(config: Config, folder: Path, player: str) -> None:
-    """Raises InputError when completions alone would fill all of a model's positions."""
-    max_tokens = getattr(config, player).sampling.max_tokens
-    model = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    positions = getattr(model.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and max_tokens >= positions:
-        raise InputError(
-            f"{player}.sampling.max_tokens: {max_tokens} leaves no room for a prompt in the {positions} positions of "
-            f"{folder}; lower it"
-        )
 
 
 def open_session(plan: Plan, cache: Path | None = None, progress: Progress | None = None) -> Session:
@@ -307,16 +243,6 @@ def llm_judge_of(config: Config, speaker: Asks, templates: Templates) -> LLMJudg
     return LLMJudge(speaker, templates, judge.samples, judge.swap, stop)
 
 
-def load_templates(config: Config, world_templates: Path | None) -> Templates:
-    game = config.game
-    return Templates.load(
-        game.templates or world_templates,
-        reasoning=game.reasoning,
-        defender_reasoning=game.defender_reasoning,
-        style=config.judge.style,
-    )
-
-
 def _rules(config: Config) -> PlayRules:
     game = config.game
     return PlayRules(
@@ -352,9 +278,3 @@ def _world_stream(config: Config, world: World) -> SeedStream:
 def world_validation(world: World, config: Config) -> dict[str, list[Seed]]:
     """Held-out intents, as they are and under held-out framings."""
     return {"vanilla": list(world.heldout_seeds), "adversarial": world.adversarial_seeds(config.data.validation_limit)}
-
-
-def _head(file: SeedFile, limit: int) -> list[Seed]:
-    """An even spread of at most `limit` seeds of a file."""
-    stride = max(1, len(file) / limit)
-    return [file[int(i * stride)] for i in range(min(limit, len(file)))]
