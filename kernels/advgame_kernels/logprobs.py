@@ -47,12 +47,11 @@ class _SelectiveLogProbs(torch.autograd.Function):
             return None, None, None, None, None
         if ctx.inplace:
             ctx.spent = True
-        else:
-            logits = logits.clone()
         ups = (None if g is None else g.to(stats[0].dtype).contiguous() for g in (d_logps, d_entropy, d_lse))
         a, b, c = ups
         with torch.no_grad():
-            dlogits = passes.row_grads_(
+            grads = passes.row_grads_ if ctx.inplace else passes.row_grads
+            dlogits = grads(
                 logits.detach(), labels, LogProbs(*stats), a, b, c, ctx.temperature, 0.0, logits.dtype, ctx.impl
             )
         return dlogits, None, None, None, None

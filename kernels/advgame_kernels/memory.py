@@ -26,7 +26,12 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     return function
 
 
-@torch.library.custom_op("advgame_kernels::huge_pages_", mutates_args=("x",))
+# By schema, as native.py does and for its reason.
+_library = torch.library.Library("advgame_kernels", "FRAGMENT")
+_library.define("huge_pages_(Tensor(a!) x) -> ()")
+
+
+@torch.library.impl(_library, "huge_pages_", "CPU")
 def _huge_pages_(x: Tensor) -> None:
     advise = _madvise()
     if advise is not None:
@@ -34,7 +39,7 @@ def _huge_pages_(x: Tensor) -> None:
         advise(start, x.data_ptr() + x.nbytes - start, mmap.MADV_HUGEPAGE)  # a hint: a refusal changes nothing
 
 
-@_huge_pages_.register_fake
+@torch.library.register_fake("advgame_kernels::huge_pages_", lib=_library)
 def _(x: Tensor) -> None:
     return None
 
@@ -43,5 +48,5 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     """torch.empty, backed by huge pages if it is large and on the CPU."""
     out = torch.empty(shape, dtype=dtype, device=device)
     if device.type == "cpu" and out.nbytes >= LEAST:
-        _huge_pages_(out)
+        torch.ops.advgame_kernels.huge_pages_(out)
     return out

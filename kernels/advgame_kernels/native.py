@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advgame_kernels import memory
 from advgame_kernels.types import STATS_DTYPES, LogProbs
 
 try:
@@ -108,12 +109,12 @@ def row_grads_(
     out_dtype: torch.dtype,
     room: Tensor | None = None,
 ) -> Tensor:
-    """C++ twin of passes_torch.row_grads_. A bfloat16 gradient of float32 logits goes to `room`, or memory of its
-    own, not into theirs: torch's CPU matrix product of bfloat16 rows with gaps between them reads into the gaps.
+    """C++ twin of passes_torch.row_grads_, into `room` if there is one. A bfloat16 gradient of float32 logits always
+    has memory of its own: torch's CPU matrix product of bfloat16 rows with gaps between them reads into the gaps.
     """
-    out, source = logits, None
-    if out_dtype == torch.bfloat16 and logits.dtype == torch.float32:
-        out, source = torch.empty(logits.shape, dtype=out_dtype) if room is None else room, logits
+    if room is None and out_dtype == torch.bfloat16 and logits.dtype == torch.float32:
+        room = memory.empty(tuple(logits.shape), out_dtype, logits.device)
+    out, source = (logits, None) if room is None else (room, logits)
     torch.ops.advgame_kernels.native_row_grads_(
         out, source, labels, stats.entropy, stats.lse, d_logps, d_entropy, d_lse, temperature, softcap
     )

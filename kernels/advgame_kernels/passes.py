@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor
 
-from advgame_kernels import native, passes_torch
+from advgame_kernels import memory, native, passes_torch
 from advgame_kernels._checks import one_of
 from advgame_kernels.types import LogProbs
 
@@ -81,7 +81,7 @@ def row_grads_(
     softcap: float,
     out_dtype: torch.dtype,
     impl: str,
-    room: Tensor | None = None,  # (N, V) out_dtype: memory for what cannot take that of `logits`
+    room: Tensor | None = None,  # (N, V) out_dtype: taken by C++ instead of the memory of `logits`
 ) -> Tensor:  # (N, V) out_dtype, usually in the memory of `logits`
     """One read and one write; see passes_torch.row_grads_ for the formula. The contents of `logits` are lost."""
     if impl == "native":
@@ -95,3 +95,21 @@ def row_grads_(
             logits, labels, stats.entropy, stats.lse, d_logps, d_entropy, d_lse, temperature, softcap, out_dtype
         )
     return passes_torch.row_grads_(logits, labels, stats, d_logps, d_entropy, d_lse, temperature, softcap, out_dtype)
+
+
+def row_grads(
+    logits: Tensor,  # (N, V), kept
+    labels: Tensor,  # (N,)
+    stats: LogProbs,
+    d_logps: Tensor | None,  # (N,)
+    d_entropy: Tensor | None,  # (N,)
+    d_lse: Tensor | None,  # (N,)
+    temperature: float,
+    softcap: float,
+    out_dtype: torch.dtype,
+    impl: str,
+) -> Tensor:  # (N, V) out_dtype, memory of its own
+    """The same beside the logits; C++ needs no copy of them for it."""
+    room = memory.empty(tuple(logits.shape), out_dtype, logits.device) if impl == "native" else None
+    source = logits if impl == "native" else logits.clone()
+    return row_grads_(source, labels, stats, d_logps, d_entropy, d_lse, temperature, softcap, out_dtype, impl, room)
