@@ -122,10 +122,23 @@ def _engines(c: Config) -> str | None:
 
 
 def _cluster(c: Config) -> str | None:
+    ranks = c.cluster.trainer_ranks
+    if ranks is not None and c.cluster.placement == "local":
+        return (
+            "cluster.trainer_ranks: ranks that Ray starts need cluster.placement: ray; set that, or leave this out and "
+            "start with torchrun"
+        )
+    if ranks is not None and c.learn.backend == "plain":
+        return (
+            "cluster.trainer_ranks: learn.backend: plain trains in the one process that was started; set deepspeed, or "
+            "leave this out"
+        )
+    if ranks is not None and (cards := c.cluster.gpus.get("trainer", 1)) not in (0, 1):
+        return f"cluster.gpus: a trainer rank computes on one GPU, or on none, not on {cards:g}; set trainer: 1 or 0"
     if c.cluster.placement == "local":
         return None
     judged = c.judge.kind == "llm" and c.judge.endpoint is None and (c.judge.engine or c.rollout.engine) == "vllm"
-    if c.rollout.engine != "vllm" and not judged:
+    if c.rollout.engine != "vllm" and not judged and ranks is None:
         return "cluster.placement: ray places vLLM engines, and this run has none; set rollout.engine: vllm"
     if c.rollout.engine == "vllm" and c.rollout.vllm.transport not in ("auto", "collective"):
         return (

@@ -59,7 +59,7 @@ def _ranks(config: Config) -> AbstractContextManager[bool]:
     from advgame.learn.zero_config import check_backend
 
     check_backend(config)
-    if config.learn.backend == "plain":
+    if config.learn.backend == "plain" or config.cluster.trainer_ranks is not None:
         return nullcontext(True)
     from advgame.learn.team import joined
 

@@ -1,4 +1,4 @@
-"""The one exception that bad input raises."""
+"""The exceptions that the command line prints as one line, without a traceback."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The command line prints it as that one line, without a traceback, and exits with status 2.
     """
+
+
+class RanksDied(RuntimeError):
+    """Trainer ranks ended before the run did: one line says which, and how. The last checkpoint is intact."""

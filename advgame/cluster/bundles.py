@@ -1,4 +1,4 @@
-"""What every engine of a run needs of a cluster, and which need cannot be met; plain data, no Ray."""
+"""What every engine and trainer rank of a run needs of a cluster, and which need cannot be met; plain data, no Ray."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 
 from advgame.cluster.settings import ClusterSettings
 
+TRAINER = "trainer"
+"""What trainer ranks are called among the engines."""
+
 
 @dataclass(frozen=True)
 class Bundle:
-    """One replica's share of one node."""
+    """One replica's or trainer rank's share of one node; both count from 0."""
 
     engine: str
     replica: int
@@ -24,20 +27,21 @@ class Bundle:
 
     def __str__(self) -> str:
         gpus = f" and {self.gpus:g} GPU" if self.gpus else ""
-        return f"{self.engine} replica {self.replica + 1} ({self.cpus:g} CPU{gpus})"
+        kind = "rank" if self.engine == TRAINER else "replica"
+        return f"{self.engine} {kind} {self.replica + 1} ({self.cpus:g} CPU{gpus})"
 
 
 def bundles_of(
     settings: ClusterSettings, engines: Mapping[str, int], tensor_parallel: int, *, gpus: bool
 ) -> list[Bundle]:
-    """engines: replicas by name. gpus: whether the cluster has any."""
+    """Of the trainer's ranks, then of the engines. engines: replicas by name. gpus: whether the cluster has any."""
     cores: Mapping[Any, float] = settings.cpus
     cards: Mapping[Any, float] = settings.gpus
-    most = float(tensor_parallel if gpus else 0)
+    wanted = {TRAINER: (settings.trainer_ranks or 0, 1)} | {name: (n, tensor_parallel) for name, n in engines.items()}
     return [
-        Bundle(name, replica, cores.get(name, 1.0), cards.get(name, most))
-        for name, count in engines.items()
-        for replica in range(count)
+        Bundle(name, number, cores.get(name, 1.0), cards.get(name, float(most if gpus else 0)))
+        for name, (count, most) in wanted.items()
+        for number in range(count)
     ]
 
 

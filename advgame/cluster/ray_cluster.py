@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from advgame.cluster.bundles import Bundle, bundles_of, first_unplaced
+from advgame.cluster.bundles import TRAINER, Bundle, bundles_of, first_unplaced
 from advgame.cluster.settings import ClusterSettings
 from advgame.errors import InputError
 from advgame.rollout.vllm_process import Launch
@@ -21,7 +21,8 @@ ANSWER_S = 5.0
 
 
 class Cluster:
-    """A reservation of one bundle for each engine. host: this process's address as other nodes see it."""
+    """A reservation of one bundle for each engine and trainer rank, kept until `close`. host: this process's address as
+    other nodes see it."""
 
     def __init__(self, settings: ClusterSettings, bundles: Sequence[Bundle], group: Any, host: str):
         self.settings, self.bundles, self.host = settings, tuple(bundles), host
@@ -30,20 +31,34 @@ class Cluster:
     @property
     def gpus(self) -> bool:
         """Whether engines compute on GPUs."""
-        return any(bundle.gpus for bundle in self.bundles)
+        return any(bundle.gpus for bundle in self.bundles if bundle.engine != TRAINER)
+
+    @property
+    def ranks(self) -> list[Bundle]:
+        """The trainer's bundles."""
+        return [bundle for bundle in self.bundles if bundle.engine == TRAINER]
 
     def launch(self, engine: str, replica: int) -> Launch:
-        """Starts that engine's actor in its bundle, wherever Ray has put (or, after a node's death, moved) it."""
+        """Starts that engine's actor in its bundle."""
         from advgame.cluster.ray_process import launch_actor
 
-        number = next(i for i, b in enumerate(self.bundles) if (b.engine, b.replica) == (engine, replica))
-        return partial(
-            launch_actor,
-            bundle=self.bundles[number],
-            group=self._group,
-            number=number,
-            silence_s=self.settings.silence_s,
-        )
+        bundle = next(b for b in self.bundles if (b.engine, b.replica) == (engine, replica))
+        return partial(launch_actor, options=self.options(bundle), silence_s=self.settings.silence_s)
+
+    def options(self, bundle: Bundle) -> dict[str, Any]:
+        """Of an actor in a bundle, wherever Ray has put (or, after a node's death, moved) it."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=self.bundles.index(bundle))
+        return {"num_cpus": bundle.cpus, "num_gpus": bundle.gpus, "scheduling_strategy": place}
+
+    def without_room(self) -> str:
+        """Who has no room left on the nodes that are there now; empty if all have."""
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        missing = first_unplaced(self.bundles, nodes)
+        return "" if missing is None else f"no room for {missing}"
 
     def close(self) -> None:
         """Gives the resources back; the connection stays for this process's next run."""
@@ -125,11 +140,15 @@ def check_answers(address: str) -> None:
 
 def _no_room(settings: ClusterSettings, bundles: Sequence[Bundle], nodes: Sequence[Mapping[str, float]]) -> str:
     has = "; ".join(f"{n.get('CPU', 0):g} CPU, {n.get('GPU', 0):g} GPU" for n in nodes)
-    mend = "lower rollout.vllm.replicas, cluster.cpus or cluster.gpus, or add nodes"
+    fewer = (
+        "rollout.vllm.replicas" if settings.trainer_ranks is None else "rollout.vllm.replicas, cluster.trainer_ranks"
+    )
+    mend = f"lower {fewer}, cluster.cpus or cluster.gpus, or add nodes"
     missing = first_unplaced(bundles, nodes)
     if missing is None:
+        who = "engines" if settings.trainer_ranks is None else "engines and ranks"
         return (
-            f"cluster.patience_s: the cluster is busy, {len(bundles)} engines found no room within "
+            f"cluster.patience_s: the cluster is busy, {len(bundles)} {who} found no room within "
             f"{settings.patience_s:g} s; wait, or {mend}"
         )
     return f"cluster: no room for {missing}; the nodes have {has}; {mend}"

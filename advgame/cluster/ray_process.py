@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from advgame.cluster.bundles import Bundle
 from advgame.rollout.engine import EngineDied, EngineError, Request
 from advgame.rollout.vllm_process import LocalProcess, Order, launch
 from advgame.rollout.vllm_requests import Answer
@@ -110,7 +108,7 @@ class RayProcess:
         if not self._over:
             self._over = True
             self._beat.cancel()
-            _kill(self._actor)
+            kill(self._actor)
 
     def end(self) -> None:
         if not self._over:
@@ -163,28 +161,21 @@ class RayProcess:
                 return False
 
 
-async def launch_actor(order: Order, *, bundle: Bundle, group: Any, number: int, silence_s: float) -> RayProcess:
-    """A fresh actor in bundle `number` of the placement group, with vLLM running in it."""
-    place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number)
-    made = ray.remote(EngineActor).options(
-        num_cpus=bundle.cpus,
-        num_gpus=bundle.gpus,
-        max_concurrency=AT_ONCE,
-        scheduling_strategy=place,
-    )
-    actor = made.remote()
+async def launch_actor(order: Order, *, options: Mapping[str, Any], silence_s: float) -> RayProcess:
+    """A fresh actor, placed by `options`, with vLLM running in it."""
+    actor = ray.remote(EngineActor).options(max_concurrency=AT_ONCE, **options).remote()
     try:
         opened = await actor.open.remote(order)
         return RayProcess(actor, opened, silence_s)
     except RayTaskError as error:
-        _kill(actor)
+        kill(actor)
         raise RuntimeError(" ".join(str(error.cause or error).split())) from None
     except BaseException:
-        _kill(actor)
+        kill(actor)
         raise
 
 
-def _kill(actor: Any) -> None:
+def kill(actor: Any) -> None:
     with suppress(RayError, ValueError):
         ray.kill(actor)
 

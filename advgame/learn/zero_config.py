@@ -42,6 +42,13 @@ def launched() -> int:
 def check_backend(config: Config) -> None:
     """Everything about DeepSpeed that can be told before it or any weight loads. Raises InputError."""
     ranks = launched()
+    if config.cluster.trainer_ranks is not None:
+        if ranks > 1:
+            raise InputError(
+                f"cluster.trainer_ranks: Ray starts the trainer's ranks, but torchrun started {ranks} too; start "
+                "without torchrun, or leave this out"
+            )
+        ranks = config.cluster.trainer_ranks
     if config.learn.backend == "plain":
         if ranks > 1:
             raise InputError(
@@ -55,7 +62,7 @@ def check_backend(config: Config) -> None:
     settings = config.learn
     stage_of(settings, given)
     seeds = _seeds_of_an_update(config)
-    together = _trains_together(settings, ranks)
+    together = _trains_together(config, ranks)
     per_rank = seeds // together if seeds is not None and together and seeds % together == 0 else None
     file = str(settings.deepspeed.config)
     _agrees(file, given, "gradient_clipping", settings.clip_norm, "learn.clip_norm")
@@ -152,15 +159,16 @@ def engine_config(settings: LearnSettings) -> dict[str, Any]:
     return {k: v for k, v in made.items() if v != "auto"}
 
 
-def _trains_together(settings: LearnSettings, ranks: int) -> int | None:
+def _trains_together(config: Config, ranks: int) -> int | None:
     """How many ranks train a player; None: the two players' numbers differ. Raises InputError."""
-    attacker = settings.deepspeed.attacker_ranks
+    attacker = config.learn.deepspeed.attacker_ranks
     if attacker is None:
         return ranks
     if attacker >= ranks:
+        more = "start more with torchrun" if config.cluster.trainer_ranks is None else "raise cluster.trainer_ranks"
         raise InputError(
-            f"learn.deepspeed.attacker_ranks: {attacker} of {ranks} ranks leave none for the Defender; start more with "
-            "torchrun, or lower it"
+            f"learn.deepspeed.attacker_ranks: {attacker} of {ranks} ranks leave none for the Defender; {more}, or "
+            "lower it"
         )
     return attacker if 2 * attacker == ranks else None
 

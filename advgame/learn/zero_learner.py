@@ -51,7 +51,7 @@ class DeepSpeedLearner(Trainer):
         made = self._call(
             "make",
             folder=str(self._source),
-            settings=settings.model_dump(mode="json"),
+            settings=_elsewhere(settings).model_dump(mode="json"),
             lr=lr,
             ema=ema,
             ahead=ahead,
@@ -159,3 +159,11 @@ class DeepSpeedLearner(Trainer):
                 shard.take_pieces(
                     steps, self._previous, lambda what, own: self._layout.deal(wholes[what], own, self.team)
                 )
+
+
+def _elsewhere(settings: LearnSettings) -> LearnSettings:
+    """As a rank in another folder, or on another node with the same files, understands them."""
+    given = settings.deepspeed.config
+    if given is None:
+        return settings
+    return settings.model_copy(update={"deepspeed": settings.deepspeed.model_copy(update={"config": given.absolute()})})

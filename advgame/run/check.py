@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was checked before anything heavy loads."""
+    """What was checked before anything heavy loads. cluster: what is reserved of one, until `close`."""
 
     config: Config
     templates: Templates
@@ -32,6 +32,10 @@ class Plan:
     validation: dict[str, list[Seed]]
     tokenizers: dict[Path, PreTrainedTokenizerBase]
     cluster: Cluster | None = None
+
+    def close(self) -> None:
+        if self.cluster is not None:
+            self.cluster.close()
 
 
 def check(config: Config) -> Plan:

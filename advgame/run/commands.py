@@ -6,6 +6,8 @@ import asyncio
 import json
 import shutil
 import sys
+from collections import Counter
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from advgame.config import Config, dump_config, load_config
-from advgame.errors import InputError
+from advgame.errors import InputError, RanksDied
 from advgame.learn.trainer import Whole
+from advgame.learn.watch import Watch
 from advgame.malloc import collect_rarely, keep_freed_memory
 from advgame.rollout.engine import EngineError
 from advgame.run import names
@@ -61,11 +64,13 @@ def stated_purpose(config: Config) -> str:
 def start(config: Config, *, quiet: bool = False) -> Path:
     """A new run; returns its folder. Raises InputError before any model is loaded where that can be told."""
     purpose = stated_purpose(config)
-    plan = check(config)
-    with RunFolder.create(config.run.root, config.run.name, dump_config(config), purpose=purpose) as folder:
+    with (
+        closing(check(config)) as plan,
+        RunFolder.create(config.run.root, config.run.name, dump_config(config), purpose=purpose) as folder,
+    ):
         try:
-            _play(config, folder, None, quiet=quiet, plan=plan)
-        except (KeyboardInterrupt, InputError, EngineError):
+            _persist(plan, folder, None, quiet=quiet)
+        except (KeyboardInterrupt, InputError, EngineError, RanksDied):
             if not any(folder.trees.iterdir()):
                 shutil.rmtree(folder.path)  # nothing was played: nothing to resume
             raise
@@ -82,17 +87,61 @@ def config_of(path: Path, overrides: list[str]) -> Config:
 def resume(path: Path, overrides: list[str], *, quiet: bool = False) -> Path:
     """Continues a run from its newest intact checkpoint, with `overrides` to its settings."""
     config = config_of(path, overrides)
-    plan = check(config)
-    with RunFolder.resume(path) as folder:
+    with closing(check(config)) as plan, RunFolder.resume(path) as folder:
         found = latest_checkpoint(folder.checkpoints)
         if found.path is None:
             raise InputError(f"{path}: no intact checkpoint to resume from; start the run anew")
-        _play(config, folder, found.path, quiet=quiet, plan=plan)
+        _persist(plan, folder, found.path, quiet=quiet)
         return folder.path
 
 
-def _play(config: Config, folder: RunFolder, checkpoint: Path | None, *, quiet: bool, plan: Plan) -> None:
-    """The run in its folder, from `checkpoint` if there is one."""
+def _persist(plan: Plan, folder: RunFolder, checkpoint: Path | None, *, quiet: bool) -> None:
+    """The run to its end. Where trainer ranks die it goes on with new ones, as a resume does: from the newest
+    checkpoint, and if there is none from the start."""
+    most = plan.config.cluster.trainer_restarts
+    restarts = Counter[str]()  # an older checkpoint does not know of them
+    number, ended = 0, False
+    while not ended:
+        try:
+            with _ranks(plan) as watch:
+                _play(plan, folder, checkpoint, quiet=quiet, restarts=restarts, watch=watch)
+            ended = True
+        except RanksDied as died:
+            checkpoint = latest_checkpoint(folder.checkpoints).path
+            if (number := number + 1) > most:
+                more = f"; continue with: advgame resume {folder.path}" if checkpoint is not None else ""
+                raise RanksDied(f"{died}; restarts spent: {most} (cluster.trainer_restarts){more}") from died
+            restarts[names.TRAINER_RESTARTS] += 1
+            folder = folder.again()
+            LiveView(plan.config.run.steps, not quiet, log=folder.log).note(
+                f"{died}; restart {number} of {most}: new trainer ranks go on from "
+                f"{'the start' if checkpoint is None else checkpoint.name}"
+            )
+
+
+def _ranks(plan: Plan) -> AbstractContextManager[Watch | None]:
+    """Inside, trainer ranks on the cluster, if there shall be any; the watch hears of their deaths."""
+    config = plan.config
+    if config.cluster.trainer_ranks is None:
+        return nullcontext()
+    from advgame.cluster.ray_ranks import led
+
+    assert plan.cluster is not None, "checked by the config"
+    return led(plan.cluster, config.learn.deepspeed.attacker_ranks, config.run.threads)
+
+
+def _play(
+    plan: Plan,
+    folder: RunFolder,
+    checkpoint: Path | None,
+    *,
+    quiet: bool,
+    restarts: Counter[str],
+    watch: Watch | None,
+) -> None:
+    """The run in its folder, from `checkpoint` if there is one. restarts: of the command so far; the run's counter
+    takes the larger number, and so does this."""
+    config = plan.config
     keep_freed_memory()
     collect_rarely()
     parts = {role: steps_of(config.world, PlayerRole(role)) for role in world_roles(config)} if config.world else {}
@@ -108,7 +157,9 @@ def _play(config: Config, folder: RunFolder, checkpoint: Path | None, *, quiet: 
         # settings that do not fit the checkpoint have been refused by now, and leave the run as it was
         if load_config(folder.config) != config:
             write_text_atomically(folder.config, dump_config(config))
-    asyncio.run(_run(session, folder, progress_of_run, resumed=checkpoint is not None, quiet=quiet))
+    if most := max(counter[names.TRAINER_RESTARTS] for counter in (restarts, session.counters)):
+        restarts[names.TRAINER_RESTARTS] = session.counters[names.TRAINER_RESTARTS] = most
+    asyncio.run(_run(session, folder, progress_of_run, quiet=quiet, watch=watch))
 
 
 def _restore(session: Session, checkpoint: Path) -> Progress:
@@ -138,13 +189,13 @@ def _refer_to_what_sampled(whole: Whole, file: Path, played_ahead: bool) -> None
             tensor.copy_(whole.shadow[name])
 
 
-async def _run(session: Session, folder: RunFolder, progress: Progress, *, resumed: bool, quiet: bool) -> None:
-    config = session.config
+async def _run(session: Session, folder: RunFolder, progress: Progress, *, quiet: bool, watch: Watch | None) -> None:
+    config, again = session.config, folder.attempt > 0
     with (
         Recorder(folder) as recorder,
         LiveView(config.run.steps, not quiet, first_step=progress.step, log=folder.log) as view,
     ):
-        if resumed:
+        if again:
             recorder.rewind(progress.step)
             view.note(f"resuming {folder.path} at step {progress.step}")
         trackers = make_trackers(
@@ -153,16 +204,25 @@ async def _run(session: Session, folder: RunFolder, progress: Progress, *, resum
             wandb=config.run.wandb,
             project=config.run.wandb_project,
             config=config.model_dump(mode="json"),
-            purge_step=progress.step if resumed else None,
+            purge_step=progress.step if again else None,
         )
-        try:
+
+        async def played() -> dict[str, float] | None:
             for note in await session.start():
                 view.note(note)
-            if resumed:
+            if again:
                 for side in session.sides:
                     if side.learner is not None:
                         await side.engine.publish(progress.step, side.learner.serve_into)
-            after = await train(session, folder, recorder, trackers, view, progress)
+            return await train(session, folder, recorder, trackers, view, progress)
+
+        try:
+            after = await (played() if watch is None else watch.guard(played()))
+        except RanksDied as died:
+            if not progress.stopping:
+                raise
+            view.note(str(died))  # who wants to stop does not wait for new ranks
+            after = None
         finally:
             for tracker in trackers:
                 tracker.close()

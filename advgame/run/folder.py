@@ -8,7 +8,7 @@ import os
 import platform
 import secrets
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -110,10 +110,13 @@ class RunFolder:
             lock = RunLock(path / ".lock")
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror}); resume a copy elsewhere") from error
-        starts = [*_read_starts(path), describe_environment()]
-        folder = cls(path, len(starts) - 1, lock)
-        _write_starts(folder.environment, starts)
-        return folder
+        return cls(path, 0, lock).again()
+
+    def again(self) -> RunFolder:
+        """The same run in its next attempt, under the same lock."""
+        starts = [*_read_starts(self.path), describe_environment()]
+        _write_starts(self.environment, starts)
+        return replace(self, attempt=len(starts) - 1)
 
     @property
     def name(self) -> str:

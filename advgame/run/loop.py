@@ -39,7 +39,8 @@ Scored = Sequence[tuple[Tree, TreeRewards]]
 
 
 class Progress:
-    """What a checkpoint keeps of a run beside its players. `kept` and `owed`: see `Plays`."""
+    """What a checkpoint keeps of a run beside its players. `kept` and `owed`: see `Plays`. stopping: whether somebody
+    has asked for a stop, which is not kept."""
 
     def __init__(self, step: int = 0, extra: Mapping[str, Any] | None = None, kept: Sequence[Tree] = ()):
         extra = extra or {}
@@ -50,6 +51,7 @@ class Progress:
         self.totals = Totals(extra.get("totals"))
         self.kept = kept
         self.owed: list[Place] = [(step, index) for step, index in extra.get("owed", ())]
+        self.stopping = False
 
     def extra(self, session: Session) -> dict[str, Any]:
         return {
@@ -139,6 +141,7 @@ async def train(
         if not run.checkpoint_every or not progress.step or progress.step % run.checkpoint_every:
             save(session, folder, progress, plays)
     finally:
+        progress.stopping = stop.asked
         await plays.close()
         if learner is not None:
             learner.shutdown()

@@ -52,6 +52,9 @@ EVAL_COMPLIANCE = "eval/benign_compliance"
 COUNTER_PREFIX = "count/"
 """Failures, retries and missing verdicts, cumulative; the live view shows those that are not zero."""
 
+TRAINER_RESTARTS = "trainer_restarts"
+"""Counter: how often the run went on from a checkpoint with new trainer ranks."""
+
 ROLES = ("attacker", "defender")
 CATEGORIES = ("harmful", "benign")
 

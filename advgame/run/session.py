@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -37,9 +36,6 @@ from advgame.run.check import Plan, load_templates
 from advgame.run.engines import judge_engine, notes_of, open_endpoint_speaker, open_engine
 from advgame.world.judge_training import judge_templates
 from advgame.world.world import World, open_world
-
-if TYPE_CHECKING:
-    from advgame.cluster.ray_cluster import Cluster
 
 Progress = Callable[[str, int, int, float], None]
 
@@ -73,7 +69,6 @@ class Session:
     counters: Counter[str] = field(default_factory=Counter)
     meters: dict[str, Meter] = field(default_factory=dict)
     abreast: SideBySide = field(default_factory=lambda: SideBySide(torch.device("cpu"), allowed=False))
-    cluster: Cluster | None = None
 
     @property
     def learners(self) -> dict[str, Trainer]:
@@ -103,8 +98,6 @@ class Session:
     async def close(self) -> None:
         for one in (*(side.engine for side in self.sides), *self.others):
             await one.close()
-        if self.cluster is not None:
-            self.cluster.close()
 
 
 def open_session(plan: Plan, cache: Path | None = None, progress: Progress | None = None) -> Session:
@@ -221,7 +214,7 @@ def open_session(plan: Plan, cache: Path | None = None, progress: Progress | Non
         apart=sharded and config.learn.deepspeed.attacker_ranks is not None,
     )
     seated = tuple(sides)
-    held = (counters, meters, abreast, plan.cluster)
+    held = (counters, meters, abreast)
     return Session(config, world, stream, validation, seated, table, rewards, tuple(others), *held)
 
 

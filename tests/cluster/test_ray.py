@@ -6,7 +6,6 @@ Every node has one CPU and every engine takes one, so that each stands on a node
 import asyncio
 import json
 import os
-import secrets
 import signal
 import time
 from collections import Counter
@@ -29,29 +28,7 @@ from advgame.rollout.engine import EngineDied  # noqa: E402
 from advgame.rollout.replicas import ReplicaEngine  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """A head without CPUs and four nodes with one each, behind a token."""
-    from ray._raylet import AuthenticationTokenLoader, Config
-    from ray.cluster_utils import Cluster
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        Config.initialize("")  # it was read when Ray was imported
-        AuthenticationTokenLoader.instance().reset_cache()
-        # Ray's own 15 s and more until it gives a node up would be most of the test
-        health = {"health_check_period_ms": 1000, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 4}
-        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": health}
-        made = Cluster(initialize_head=True, head_node_args=head)
-        for _ in range(4):
-            made.add_node(num_cpus=1)
-        yield made
-        ray.shutdown()
-        made.shutdown()
+NODES = (1, 1, 1, 1)
 
 
 @pytest.fixture
