@@ -56,6 +56,7 @@ class Team:
             place = self._reached.index(rank)
             self._channel = dist.ProcessGroupGloo(between, place, len(self._reached), _PATIENCE)
         self._turn = threading.Lock()
+        self.sending = threading.Lock()  # of a publish to one engine (publish/sharded.py)
         self.broken = False
 
     @property
