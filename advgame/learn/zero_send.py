@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advgame.learn.layout import Layout
+from advgame.learn.layout import Layout, Span
 from advgame.learn.team import Call, Json, Team
 from advgame.publish import group as groups
 from advgame.publish.buckets import Layout as Buckets
@@ -21,8 +21,8 @@ class TeamSenders:
 
     def __init__(self, team: Team, player: str, layout: Layout, devices: Sequence[str], own: Call):
         self._team, self._player, self._own = team, player, own
-        self.held = [spans for _, spans in layout.givers]
-        self.devices = [devices[layout.members.index(rank)] for rank, _ in layout.givers]
+        self.held: Sequence[Mapping[str, Span]] = [spans for _, spans in layout.givers]
+        self.devices: Sequence[str] = [devices[layout.members.index(rank)] for rank, _ in layout.givers]
         self.sending = team.sending
 
     def tell(self, call: str, told: Callable[[], None], **details: Any) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class Sending:
                 with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                     sums = act(ranks.index(self._team.rank))
             except Exception as raised:
-                said = " ".join(str(raised).split())[:300]
+                said = " ".join(str(raised).split())[:160]
                 error = f"rank {self._team.rank} could not send its shard: {type(raised).__name__}: {said}"
         found = self._team.ranks.gather((error, sums))
         return {

@@ -62,9 +62,9 @@ def messages_of(layout: Layout, held: Sequence[Mapping[str, Span]], limit: int) 
     source out, or give them twice.
     """
     for one in layout.packed:
-        spans = sorted(spans[one.name] for spans in held if spans[one.name][1])
-        if [0, *(start + n for start, n in spans)] != [*(start for start, _ in spans), prod(one.shape)]:
-            raise ValueError(f"the ranks' shards are not all of {one.name} once: {spans}")
+        cuts = sorted(spans[one.name] for spans in held if spans[one.name][1])
+        if [0, *(start + n for start, n in cuts)] != [*(start for start, _ in cuts), prod(one.shape)]:
+            raise ValueError(f"the ranks' shards are not all of {one.name} once: {cuts}")
     made = []
     for bucket, (begin, end) in enumerate(pairwise(layout.bounds)):
         inside = [one for one in layout.packed if begin <= one.offset < end]

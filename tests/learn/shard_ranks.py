@@ -94,7 +94,7 @@ class EngineModel(nn.Module):
 
 
 class FakeLlm:
-    """`collective_rpc` to workers in threads. deaf: the next publish meets nobody, and is known to be dead in a while."""
+    """`collective_rpc` to workers in threads. deaf: it dies in its next publish, which is known after a while."""
 
     def __init__(self, shapes, world, dtype):
         from advgame.publish.worker import PublishWorker

@@ -1,4 +1,4 @@
-"""Shards sent piece by piece over real gloo groups: uneven, absent, replicated; into fused, sliced, padded, tied places."""
+"""Shards sent piece by piece over gloo: uneven, absent, of one rank; into fused, sliced, padded and tied places."""
 
 import threading
 import time
