@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,8 +31,10 @@ from advgame.learn.settings import LearnSettings
 from advgame.learn.team import joined
 from advgame.publish.plan import sources_of
 from advgame.publish.sharded import ShardsChannel
-from advgame.rollout.channel import PublishFailed, written_into
+from advgame.rollout.channel import written_into
 from advgame.rollout.engine import EngineDied
+from advgame.rollout.replicas import ReplicaEngine
+from advgame.rollout.vllm_process import launch_threaded
 
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 PROMPTS = [(3, 9, 10), (3, 9, 10, 11, 12, 13), (3, 14)]
@@ -192,83 +195,111 @@ async def fake(make, cases):
     return results
 
 
-def now_of(learner, player):
-    """A transformers model of the average, and the greedy tokens and log-probs that it gives."""
-    model = models.model(hidden=engines.HIDDEN)
-    with torch.no_grad():
-        for name, tensor in learner.whole().shadow.items():
-            model.get_parameter(name).copy_(tensor)
+class Averaged:
+    """The learner's average as a transformers model, and what it says greedily."""
 
-    def greedy(prompt):
+    def __init__(self, learner):
+        self.model = models.model(hidden=engines.HIDDEN)
+        with torch.no_grad():
+            for name, tensor in learner.whole().shadow.items():
+                self.model.get_parameter(name).copy_(tensor)
+        self.tokens = [self.greedy(prompt) for prompt in PROMPTS]
+
+    def greedy(self, prompt):
         ids = torch.tensor([prompt])
-        made = model.generate(ids, do_sample=False, max_new_tokens=48, eos_token_id=2, pad_token_id=0)
+        made = self.model.generate(ids, do_sample=False, max_new_tokens=48, eos_token_id=2, pad_token_id=0)
         return made[0, len(prompt) :].tolist()
 
-    return [greedy(prompt) for prompt in PROMPTS]
+    async def served_by(self, engine, version):
+        asked = [engines.request(p, i, temperature=0.0, max_tokens=48) for i, p in enumerate(PROMPTS)]
+        samples = await asyncio.gather(*(engine.generate(one) for one in asked))
+        same = [list(sample.token_ids) for sample in samples] == self.tokens
+        return same and {sample.version for sample in samples} == {version}
 
 
-async def served(engine):
-    asked = [engines.request(p, i, temperature=0.0, max_tokens=48) for i, p in enumerate(PROMPTS)]
-    return await asyncio.gather(*(engine.generate(one) for one in asked))
+class Killing:
+    """A publish in which the engine stands still, so that the ranks are in the middle of their shards; then it dies."""
 
+    def __init__(self, learner, victim):
+        self.learner, self.pids, self.at = learner, victim.process_ids, 0.0
 
-async def live(make, cases, player):
-    results = {}
-    settings = engines.settings(transport="collective", verify_every=1, bucket_mib=1)
-    for case, how in cases.items():
-        learner = make(how)
-        channel = ShardsChannel("m", sources_of(learner.published.items()), learner.senders, settings, "0")
-        engine = engines.vllm_engine(player, channel=channel, vllm=settings, restore=learner.serve_into)
-        before = now_of(learner, player)
-        try:
-            await engine.start()
-            found = [[list(sample.token_ids) for sample in await served(engine)] == before]
-            for version in (1, 2):
-                learner.update_pairs(pairs(5), 0.0)
-                await engine.publish(version, learner.publish_into)
-                samples = await served(engine)
-                found.append([list(sample.token_ids) for sample in samples] == now_of(learner, player))
-                found.append({sample.version for sample in samples} == {version})
-            results[case] = {"found": found, "moved": now_of(learner, player) != before, "counters": engine.counters}
-            if not results.get("died"):
-                results["died"], results["after"] = await killed(engine, learner, player)
-        finally:
-            await engine.close()
-    return results
+    def write(self, tensors):
+        self.learner.publish_into(tensors)
+        for pid in self.pids:
+            os.kill(pid, signal.SIGSTOP)
+        threading.Timer(1.0, self._kill).start()
 
-
-async def killed(engine, learner, player):
-    """A stopped engine takes nothing, so that the ranks stand in the middle of their shards; then it dies."""
-    at = []
-
-    def kill():
-        at.append(time.perf_counter())
-        for pid in pids:
+    def _kill(self):
+        self.at = time.perf_counter()
+        for pid in self.pids:
             os.kill(pid, signal.SIGKILL)
 
-    def write(tensors):
-        learner.publish_into(tensors)
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-        threading.Timer(1.0, kill).start()
 
-    pids = engine.process_ids
+async def one_engine(learner, engine):
+    before = Averaged(learner).tokens
+    found = [await Averaged(learner).served_by(engine, 0)]
+    for version in (1, 2):
+        learner.update_pairs(pairs(5), 0.0)
+        await engine.publish(version, learner.publish_into)
+        found.append(await Averaged(learner).served_by(engine, version))
+    return {"found": [*found, Averaged(learner).tokens != before]}
+
+
+async def replicas(learner, engine):
+    made, died = engine.replicas, []
+    attempt = made[0].attempt
+
+    async def timed(*arguments):
+        died.append(await raised(attempt(*arguments)))
+        died.append(time.perf_counter() - killing.at)
+        raise EngineDied(died[0][1])
+
     learner.update_pairs(pairs(5), 0.0)
-    try:
-        await engine.attempt(3, write)
-    except PublishFailed as failure:
-        died = type(failure).__name__, str(failure), time.perf_counter() - at[0]
-    # the ranks learn on at once, before a new engine is there
+    await engine.publish(1, learner.publish_into)
+    found = [await Averaged(learner).served_by(one, 1) for one in made]
+    averages = learner.averages
+    learner.update_pairs(pairs(5), 0.0)
+    killing, made[0].attempt = Killing(learner, made[0]), timed
+    await engine.publish(2, killing.write)
+    made[0].attempt = attempt
+    found += [await Averaged(learner).served_by(made[1], 2), learner.averages == averages + 1]
+    # the dead one comes back with the average that has moved, however the player learns meanwhile
     start = time.perf_counter()
     learner.update_pairs(pairs(5), 0.0)
     learns = time.perf_counter() - start
-    samples = await served(engine)  # restarted with the average that has moved
-    found = [[list(sample.token_ids) for sample in samples] == now_of(learner, player)]
-    await engine.publish(4, learner.publish_into)
-    samples = await served(engine)
-    found += [[list(sample.token_ids) for sample in samples] == now_of(learner, player)]
-    found += [{sample.version for sample in samples} == {4}]
-    return died, {"found": found, "learns": learns, "restarts": engine.counters["defender_restarts"]}
+    await engines.until(lambda: all(seat.up for seat in engine._seats), 120, 0.05)
+    found.append(await Averaged(learner).served_by(made[0], 2))
+    await engine.publish(3, learner.publish_into)
+    found += [await Averaged(learner).served_by(one, 3) for one in made]
+    return {"found": found, "died": died, "learns": learns, "counters": engine.counters}
+
+
+async def live(make, player):
+    settings = engines.settings(transport="collective", verify_every=1, bucket_mib=1)
+
+    def opened(learner, count, **how):
+        counters, sources = Counter(), sources_of(learner.published.items())
+        return [
+            engines.vllm_engine(
+                player, vllm=settings, restore=learner.serve_into, counters=counters, replica=i,
+                channel=ShardsChannel("m", sources, learner.senders, settings, str(i)), **how,
+            )
+            for i in range(count)
+        ]  # fmt: skip
+
+    results = {}
+    for case, stage in (("one engine", 2), ("replicas", 3)):
+        learner = make({"stage": stage})
+        if case == "replicas":
+            engine = ReplicaEngine(opened(learner, 2, launch=launch_threaded))
+        else:
+            (engine,) = opened(learner, 1)
+        try:
+            await engine.start()
+            results[case] = await (replicas if case == "replicas" else one_engine)(learner, engine)
+        finally:
+            await engine.close()
+    return results
 
 
 def main(kind: str, player: Path, out: Path, attacker_ranks: int | None) -> None:
@@ -284,17 +315,13 @@ def main(kind: str, player: Path, out: Path, attacker_ranks: int | None) -> None
     file = out.with_suffix(".deepspeed.json")
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 500, "sub_group_size": 3000}
     file.write_text(json.dumps({"zero_optimization": zero, "gradient_clipping": 1.0}))
-    cases = {f"stage {stage}": {"stage": stage} for stage in ((0, 1, 2, 3) if kind == "fake" else (2, 3))}
-    if kind == "fake":
-        cases[PERSISTENCE] = {"stage": None, "config": str(file)}
-        results = asyncio.run(fake(make, cases))
-    else:
-        results = asyncio.run(live(make, cases, player))
-    out.write_text(json.dumps(results))
+    cases = {f"stage {stage}": {"stage": stage} for stage in range(4)}
+    cases[PERSISTENCE] = {"stage": None, "config": str(file)}
+    out.write_text(json.dumps(asyncio.run(fake(make, cases) if kind == "fake" else live(make, player))))
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(100, repeat=True)  # a rank that waits for another says where
+    faulthandler.dump_traceback_later(300, repeat=True)  # a rank that waits for another says where
     kind, alone = sys.argv[1], int(sys.argv[4]) or None
     with joined(1, alone) as leads:
         if leads:

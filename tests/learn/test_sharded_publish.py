@@ -7,12 +7,13 @@ import models
 import pytest
 from test_deepspeed import ROOT, needs_deepspeed, torchrun
 
+RANKS = ROOT / "tests" / "learn" / "shard_ranks.py"
 pytestmark = [pytest.mark.slow, needs_deepspeed]
 
 
 def found(tmp_path, kind, player, ranks, attacker_ranks=0):
     out = tmp_path / "found.json"
-    torchrun(ranks, ROOT / "tests" / "learn" / "shard_ranks.py", kind, player, out, attacker_ranks)
+    torchrun(ranks, RANKS, kind, player, out, attacker_ranks, timeout=560)
     return json.loads(out.read_text())
 
 
@@ -36,17 +37,15 @@ def test_every_rank_sends_its_own_shard(tmp_path, ranks, attacker_ranks):
     assert again["equal"]
 
 
-def test_ranks_publish_to_a_live_engine_and_outlive_it(tmp_path):
-    """ZeRO 2 and 3 on two ranks: greedy tokens of the averaged weights; an engine killed while it is sent to."""
+def test_ranks_publish_to_live_engines_and_outlive_them(tmp_path):
+    """ZeRO 2 into one engine, ZeRO 3 into two: greedy tokens of the averaged weights; engines killed in a publish."""
     pytest.importorskip("vllm")
     results = found(tmp_path, "live", engines.folder(tmp_path / "m", seed=0), 2)
-    died, after = results.pop("died"), results.pop("after")
-    assert results.keys() == {"stage 2", "stage 3"}
-    for one in results.values():
-        assert all(one["found"])
-        assert one["moved"]
-    assert died[0] == "PublishFailed"
-    assert died[2] < 5
-    assert all(after["found"])
-    assert after["learns"] < 5
-    assert after["restarts"] == 1
+    one, two = results["one engine"], results["replicas"]
+    assert all(one["found"]), one["found"]
+    assert all(two["found"]), two["found"]
+    (kind, _, _), known = two["died"]
+    assert kind == "PublishFailed"
+    assert 0 < known < 5
+    assert two["learns"] < 5
+    assert two["counters"]["defender_restarts"] == two["counters"]["defender_publish_failures"] == 1
