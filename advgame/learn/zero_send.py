@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -58,9 +58,8 @@ class Sending:
         ranks = [rank for rank, _ in layout.givers]
         error, sums = None, dict[str, int]()
         if self._team.rank in ranks:
-            device = self._team.device
             try:
-                with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                with self._on_device():
                     sums = act(ranks.index(self._team.rank))
             except Exception as raised:
                 said = " ".join(str(raised).split())[:160]
@@ -70,6 +69,11 @@ class Sending:
             "errors": [text for text, _ in found],
             "sums": {name: value for _, own in found for name, value in own.items()},
         }
+
+    def _on_device(self) -> AbstractContextManager[None]:
+        """Threads begin on the first GPU."""
+        device = self._team.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     def _join(self, layout: Layout, number: int, message: Json) -> dict[str, int]:
         how, key = message["how"], (message["player"], message["key"])
@@ -88,7 +92,14 @@ class Sending:
         if called_off():
             raise RuntimeError("called off")
         name, size, device = f"{how['name']}/{number}", how["size"], self._team.device
-        group = groups.join(store, name, 0, size, device=device, host=how["host"], seconds=how["seconds"])
+
+        def met() -> Any:
+            with self._on_device():
+                made = groups.join(store, name, 0, size, device=device, host=how["host"], seconds=how["seconds"])
+                groups.greet(made, device, how["seconds"])
+                return made
+
+        group = groups.limited(met, 2 * how["seconds"], called_off)
         own = [m for m in messages if m.sender == number]
         self._ways[key] = PieceSender(buckets, own, spans, group, device, called_off)
         return {}

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,8 +21,10 @@ from torch import Tensor
 
 from advgame.errors import InputError
 
+T = TypeVar("T")
+
 LOOK_S = 0.05
-"""Seconds between looks at whether a broadcast is still wanted."""
+"""Seconds between looks at whether a call is still wanted."""
 
 _left: list[tuple[float, Any]] = []
 """Groups in which a call may still hang, and when it will have run out: their destructors wait for it."""
@@ -106,6 +108,41 @@ def broadcast(group: Any, tensor: Tensor, seconds: float, called_off: Callable[[
         time.sleep(pause)
         pause = min(2 * pause, 1e-3)
     work.wait(timedelta(seconds=seconds))
+
+
+def greet(group: Any, device: torch.device, seconds: float) -> None:
+    """One byte from rank 0 to everybody: NCCL connects in its first call, without a time limit of its own."""
+    broadcast(group, torch.zeros(1, dtype=torch.uint8, device=device), seconds)
+
+
+def limited(call: Callable[[], T], seconds: float, called_off: Callable[[], bool]) -> T:
+    """`call()` in a thread, which is left alone when it takes longer than `seconds`, or `called_off` says so.
+
+    Raises what it raises, and RuntimeError.
+    """
+    done: list[T] = []
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            done.append(call())
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="advgame-collective")
+    thread.start()
+    until = time.monotonic() + seconds
+    while thread.is_alive():
+        thread.join(LOOK_S)
+        if not thread.is_alive():
+            break
+        if called_off():
+            raise RuntimeError("called off")
+        if time.monotonic() > until:
+            raise RuntimeError(f"nobody came within {seconds:g} s")
+    if failed:
+        raise failed[0]
+    return done[0]
 
 
 def whether(host: str, port: int, key: str, seconds: float) -> Callable[[], bool]:

@@ -158,6 +158,7 @@ class PublishWorker:
         groups.await_key(store, how["begin"], how["patience"])
         for sender in range(len(held)):
             _join(engine, place, how, f"{how['name']}/{sender}", store)
+            groups.greet(engine.groups[-1], place.device, how["seconds"])
         unpacker = _lay_out(engine, place, how, layout)
         names = [one.name for one in unpacker.layout.packed]
         spans = [{name: (first, n) for name, (first, n) in zip(names, own, strict=True)} for own in held]

@@ -186,6 +186,24 @@ def test_a_changed_bit_and_a_wrong_place_are_named():
         sent.go(spoil=spoil)
 
 
+def test_a_meeting_to_which_nobody_comes_ends_when_it_is_called_off():
+    store = groups.open_store("127.0.0.1", 0)
+    over = groups.whether("127.0.0.1", store.port, "nobody comes", SECONDS)
+
+    def join():
+        own = groups.reach("127.0.0.1", store.port, SECONDS)
+        return groups.join(own, "alone", 0, 2, device=CPU, host="127.0.0.1", seconds=2.0)
+
+    start = time.perf_counter()
+    threading.Timer(0.3, lambda: store.set("nobody comes", "")).start()
+    with pytest.raises(RuntimeError, match="called off"):
+        groups.limited(join, SECONDS, over)
+    assert time.perf_counter() - start < 1.5
+    with pytest.raises(RuntimeError, match=r"nobody came within 0\.1 s"):
+        groups.limited(lambda: time.sleep(1), 0.1, lambda: False)
+    assert groups.limited(lambda: 3, SECONDS, lambda: False) == 3
+
+
 def test_a_sender_whose_workers_are_silent_leaves_when_it_is_told():
     store = groups.open_store("127.0.0.1", 0)
     made = {}
