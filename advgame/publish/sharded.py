@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from advgame.errors import InputError
 from advgame.publish import group as groups
 from advgame.publish.binding import compare
 from advgame.publish.buckets import Layout
@@ -97,6 +98,13 @@ class ShardsChannel(CollectiveChannel):
 
     async def _meet(self, llm: Any, layout: Layout) -> None:
         """Builds the groups."""
+        here, there = set(self._senders.devices), set(await llm.collective_rpc("advgame_device"))
+        if ("cpu" in here) != ("cpu" in there):
+            ranks, engine = ("CPUs" if "cpu" in one else "GPUs" for one in (here, there))
+            raise InputError(
+                "rollout.vllm.transport: collective moves weights between GPUs (NCCL) or between CPUs (gloo); "
+                f"the ranks compute on {ranks}, this engine on {engine}"
+            )
         settings = self._settings
         how, limit = self._meeting(), settings.bucket_mib << 20
         self._name = how["name"]

@@ -58,7 +58,8 @@ def check_engines(config: Config, folders: Mapping[str, Path]) -> Cluster | None
             vllm_start.check_model(folder, field, config.rollout.vllm, cpu=cpu, elsewhere=elsewhere)
             if not field.startswith("judge."):
                 vllm_start.check_player(folder, field)
-    if cluster is not None and cluster.gpus and players and vllm_start.on_cpu():
+    alone = config.learn.backend == "plain"  # else the ranks send, and rank 0 need not be one of them
+    if cluster is not None and cluster.gpus and players and alone and vllm_start.on_cpu():
         raise InputError(
             "cluster.gpus: engines on GPUs get their weights over NCCL, and torch sees no GPU for the trainer here; "
             "start the run on a node with one"

@@ -101,6 +101,8 @@ def test_a_gpu_on_both_sides_is_one_clear_line():
         opened(Ranks(), workers)
     workers.device = "cpu"
     opened(Ranks(devices=("cpu", "cpu")), workers)
+    with pytest.raises(InputError, match=r"the ranks compute on GPUs, this engine on CPUs$"):
+        opened(Ranks(), workers)
 
 
 def test_shards_that_are_not_the_whole_and_another_plan_are_refused():
