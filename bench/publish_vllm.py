@@ -29,7 +29,7 @@ from advgame.publish.collective import CollectiveChannel
 from advgame.publish.loader import LoaderChannel
 from advgame.publish.plan import Source, sources_of
 from advgame.rollout import vllm_start
-from advgame.rollout.channel import PublishTimes
+from advgame.rollout.channel import NoTurns, PublishTimes
 from advgame.rollout.engine import Request, Sampling
 from advgame.rollout.settings import VllmSettings
 from advgame.rollout.vllm_engine import VllmEngine
@@ -50,7 +50,7 @@ SIZES = {
 }
 
 
-class PerParameterChannel:
+class PerParameterChannel(NoTurns):
     """One call of vLLM's `load_weights` for every parameter, each in a message of its own."""
 
     direct = True

@@ -1,7 +1,7 @@
 """Which rank holds which piece of a sharded player, and how pieces travel to and from rank 0.
 
-A piece is a run of a parameter's elements, flattened. Only publishing and checkpoints bring pieces together, one
-parameter at a time; rank 0 need not hold any of the player itself.
+A piece is a run of a parameter's elements, flattened. Only checkpoints, and publishing to an engine in rank 0's own
+memory, bring pieces together here, one parameter at a time; rank 0 need not hold any of the player itself.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Layout:
         spans = tuple({name: (first, n) for name, (first, n) in zip(shapes, own, strict=True)} for own in held)
         return cls({k: tuple(v) for k, v in shapes.items()}, tuple(members), spans, bool(tree["replicated"]))
 
-    def _givers(self) -> Sequence[tuple[int, dict[str, Span]]]:
+    @property
+    def givers(self) -> Sequence[tuple[int, dict[str, Span]]]:
+        """(rank, its spans) of those whose pieces make up the whole, each element once."""
         everyone = list(zip(self.members, self.held, strict=True))
         return everyone[:1] if self.replicated else everyone
 
@@ -62,7 +64,7 @@ class Layout:
                 yield name, own[name].to(team.device, dtype).view(shape)
                 continue
             whole = torch.empty(math.prod(shape), dtype=dtype, device=team.device)
-            for rank, held in self._givers():
+            for rank, held in self.givers:
                 start, length = held[name]
                 into = whole.narrow(0, start, length)
                 if rank == 0:

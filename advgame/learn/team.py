@@ -64,6 +64,7 @@ class Team:
             size = len(self._reached)
             self._channel = self._alive(lambda: dist.ProcessGroupGloo(between, place, size, _PATIENCE))
         self._turn = threading.Lock()
+        self.sending = threading.Lock()  # of a publish to one engine (publish/sharded.py)
         self.broken = False
 
     @property

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from advgame_kernels import ema_decay
@@ -16,6 +17,9 @@ from advgame.game.pairs import Group, Pair
 from advgame.game.tree import Sample
 from advgame.learn.reference import ReferenceChoice
 from advgame.learn.settings import LearnSettings
+
+if TYPE_CHECKING:
+    from advgame.publish.sharded import Senders
 
 Metrics = dict[str, float]
 
@@ -45,7 +49,8 @@ class Trainer(ABC):
 
     averaged: whether a moving average samples, and not the live player. recomputes: whether pairs may compute their
     reference anew; reference: which one they take. updates: optimiser steps; averages: the average's steps.
-    notes: what a user should know of how it trains.
+    notes: what a user should know of how it trains. senders: the ranks that hold it, where they can send it to engines
+    themselves.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class Trainer(ABC):
         self.updates = 0
         self.averages = 0
         self.notes: list[str] = []
+        self.senders: Senders | None = None
         self._ahead = ahead
 
     def lr_at(self, progress: float) -> float:

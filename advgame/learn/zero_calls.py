@@ -12,7 +12,9 @@ from advgame.game.pairs import Group, Member, Pair
 from advgame.game.tree import Sample
 from advgame.learn.settings import LearnSettings
 from advgame.learn.team import Json, Team
+from advgame.learn.zero_send import Sending
 from advgame.learn.zero_shard import ZeroShard
+from advgame.publish.cuda_memory import device_id
 from advgame.rollout.chat import load_tokenizer
 
 
@@ -47,6 +49,7 @@ class Shardholder:
     def __init__(self, team: Team):
         self.team = team
         self.shards: dict[str, ZeroShard] = {}
+        self.sending = Sending(team)
 
     def perform(self, message: Json) -> Any:
         """Makes the call that `message` names; its result, as JSON may have it."""
@@ -59,6 +62,7 @@ class Shardholder:
     def _make(self, message: Json) -> Json:
         player, folder = message["player"], Path(message["folder"])
         self.shards.pop(player, None)  # of the run before, with --seeds
+        self.sending.forget(player)
         made = self.shards[player] = ZeroShard(
             self.team,
             folder,
@@ -70,7 +74,8 @@ class Shardholder:
             ahead=message["ahead"],
             remote_code=message["remote_code"],
         )
-        return {"layout": made.shards.layout.tree(), "notes": made.notes}
+        devices = self.team.ranks.gather(device_id(self.team.device))
+        return {"layout": made.shards.layout.tree(), "notes": made.notes, "devices": devices}
 
     def _pairs(self, shard: ZeroShard, message: Json) -> Mapping[str, float]:
         shard.reference.decided = message["decided"]
@@ -91,6 +96,12 @@ class Shardholder:
     def _collect(self, shard: ZeroShard, message: Json) -> None:
         dtype = getattr(torch, message["dtype"])
         shard.shards.layout.give(shard.pieces(message["what"]), dtype, self.team)
+
+    def _join(self, shard: ZeroShard, message: Json) -> Json:
+        return self.sending.join(shard.shards.layout, message)
+
+    def _send(self, shard: ZeroShard, message: Json) -> Json:
+        return self.sending.send(shard.shards.layout, shard.pieces(message["what"]), message)
 
     def _take(self, shard: ZeroShard, message: Json) -> None:
         layout = shard.shards.layout

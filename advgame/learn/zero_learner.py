@@ -21,6 +21,8 @@ from advgame.learn.shards import MOMENTS, kinds
 from advgame.learn.team import teams
 from advgame.learn.trainer import Metrics, SamplerGap, Trainer, Whole
 from advgame.learn.zero_calls import Shardholder, groups_message, pairs_message, samples_message
+from advgame.learn.zero_send import TeamSenders
+from advgame.publish.sharded import Sent
 
 
 class DeepSpeedLearner(Trainer):
@@ -59,6 +61,8 @@ class DeepSpeedLearner(Trainer):
         )
         self.notes += made["notes"]
         self._layout = Layout.of(made["layout"])
+        if self.team.members != (0,):
+            self.senders = TeamSenders(self.team, self._field, self._layout, made["devices"], self._holder.perform)
 
     def _call(self, call: str, **details: Any) -> Any:
         """The result of a call that the whole team makes."""
@@ -102,7 +106,7 @@ class DeepSpeedLearner(Trainer):
 
     @torch.no_grad()
     def publish_into(self, served: Mapping[str, Tensor]) -> None:
-        """The average moves on every shard, without a word between them, and is then gathered to be written."""
+        """The average moves on every shard, without a word between them, and is then served."""
         self._previous = self._previous and self._keeps_previous
         if self.averaged:
             self._call("average", decay=self._next_decay(), keeps=self._previous)
@@ -110,9 +114,14 @@ class DeepSpeedLearner(Trainer):
 
     @torch.no_grad()
     def serve_into(self, served: Mapping[str, Tensor]) -> None:
+        """Gathers what samples on rank 0, unless the ranks send it themselves: then it says what they shall send."""
+        what = "shadow" if self.averaged else "live"
+        if isinstance(served, Sent):
+            served.what = what
+            return
         dtypes = {served[name].dtype for name in self._layout.shapes}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        for name, whole in self._gathered("shadow" if self.averaged else "live", dtype):
+        for name, whole in self._gathered(what, dtype):
             served[name].copy_(whole)
 
     def _gathered(self, what: str, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advgame.publish.arena import flat_view
+from advgame.publish.arena import checksum, flat_view
+from advgame.publish.binding import copy_name
 from advgame.publish.plan import ALIGNMENT, ITEM_BYTES, Plan
 from advgame.publish.record import view_of
 
@@ -79,17 +80,20 @@ class Unpacker:
     """A receiver's copies, bucket by bucket, into the flat storages of its model."""
 
     def __init__(self, layout: Layout, plan: Plan, flats: Mapping[str, Tensor], device: torch.device):
-        self.layout = layout
+        self.layout, self.plan, self.flats = layout, plan, flats
         self.buffer = torch.empty(layout.largest, dtype=torch.uint8, device=device)
         packed = {one.name: one for one in layout.packed}
-        self._copies: list[list[tuple[Tensor, Tensor]]] = []
+        self._copies: list[dict[str, tuple[Tensor, Tensor]]] = []
         for begin, end in pairwise(layout.bounds):
-            inside = [c for c in plan.copies if begin <= packed[c.source].offset < end]
+            inside = [(i, c) for i, c in enumerate(plan.copies) if begin <= packed[c.source].offset < end]
             self._copies.append(
-                [
-                    (view_of(flats[c.target], c.into), view_of(packed[c.source].of(self.buffer, begin), c.taken))
-                    for c in inside
-                ]
+                {
+                    copy_name(i, c): (
+                        view_of(flats[c.target], c.into),
+                        view_of(packed[c.source].of(self.buffer, begin), c.taken),
+                    )
+                    for i, c in inside
+                }
             )
 
     def bucket(self, number: int) -> Tensor:
@@ -99,5 +103,9 @@ class Unpacker:
 
     def unpack(self, number: int) -> None:
         """Copies a received bucket to its places."""
-        for into, taken in self._copies[number]:
+        for into, taken in self._copies[number].values():
             into.copy_(taken)
+
+    def taken_checksums(self, number: int) -> dict[str, int]:
+        """Of what the copies of a received bucket place, as `binding.copied_checksums` finds it there afterwards."""
+        return {name: checksum(taken) for name, (_, taken) in self._copies[number].items()}

@@ -20,6 +20,7 @@ from advgame.publish.loader import LoaderChannel
 from advgame.publish.meeting import Meeting
 from advgame.publish.plan import Plan, Source, source_problems
 from advgame.publish.record import PlanRefused
+from advgame.rollout.channel import NoTurns
 
 
 async def record_plans(llm: Any, model: str, sources: Sequence[Source]) -> list[Plan]:
@@ -47,7 +48,7 @@ class Memory(Protocol):
     def close(self) -> None: ...
 
 
-class ArenaChannel:
+class ArenaChannel(NoTurns):
     """The engine's parameters live in memory of the trainer, which writes them where the engine reads."""
 
     direct = True
@@ -145,7 +146,7 @@ class IpcChannel(ArenaChannel):
         return super().prepare()
 
 
-class AutoChannel:
+class AutoChannel(NoTurns):
     """Direct writes where the plan allows them, else the loader; `notes` says why."""
 
     direct = True

@@ -24,10 +24,11 @@ from advgame.publish.channels import record_plans
 from advgame.publish.cuda_memory import device_id
 from advgame.publish.plan import Plan, Source
 from advgame.publish.record import view_of
+from advgame.rollout.channel import NoTurns
 from advgame.rollout.settings import VllmSettings
 
 
-class CollectiveChannel:
+class CollectiveChannel(NoTurns):
     """One group a start of the engine: rank 0 is the trainer, the others are the engine's workers."""
 
     direct = True
@@ -42,6 +43,7 @@ class CollectiveChannel:
         self._group: Any = None
         self._buffer: Tensor | None = None
         self._tensors: dict[str, Tensor] = {}
+        self._gpus = {device_id(device)} if device.type == "cuda" else set[str]()
 
     @property
     def destinations(self) -> Mapping[str, Tensor]:
@@ -49,14 +51,14 @@ class CollectiveChannel:
 
     def prepare(self) -> dict[str, str]:
         """Opens the port, so that one that is taken is known before an engine starts."""
-        groups.open_store(self._settings.rendezvous_host, self._settings.rendezvous_port)
+        _ = self._store
         return {}
 
     async def attach(self, llm: Any) -> None:
         """Records the plan in the engine and builds the group. Raises PlanRefused with the reasons."""
         self._leave()
         plans = await record_plans(llm, self.model, self.sources)
-        if self._device.type == "cuda" and device_id(self._device) in await llm.collective_rpc("advgame_device"):
+        if self._gpus and not self._gpus.isdisjoint(await llm.collective_rpc("advgame_device")):
             raise InputError(
                 "rollout.vllm.transport: collective needs trainer and engine on different GPUs (NCCL); set ipc, or "
                 "rollout.vllm.devices"
@@ -65,27 +67,45 @@ class CollectiveChannel:
             raise RuntimeError("the restarted engine lays its weights out differently")
         if self.layout is None:
             self.layout = layout_of(plans, self._settings.bucket_mib << 20)
-            self._buffer = torch.zeros(self.layout.bounds[-1], dtype=torch.uint8, device=self._device)
-            self._tensors = {one.name: one.of(self._buffer).view(one.shape) for one in self.layout.packed}
         self.plans = plans
-        host, seconds = self._settings.rendezvous_host, self._settings.publish_timeout_s
-        store = groups.open_store(host, self._settings.rendezvous_port)
-        name, size = f"advgame-{secrets.token_hex(4)}", 1 + len(plans)
-        hashes = [plan.hash for plan in plans]
-        how = {"host": host, "port": store.port, "name": name, "size": size, "seconds": seconds, "plans": hashes}
-        joined, _ = await _both(
+        await self._meet(llm, self.layout)
+
+    async def _meet(self, llm: Any, layout: Layout) -> None:
+        """Builds the group."""
+        if self._buffer is None:
+            self._buffer = torch.zeros(layout.bounds[-1], dtype=torch.uint8, device=self._device)
+            self._tensors = {one.name: one.of(self._buffer).view(one.shape) for one in layout.packed}
+        how = self._meeting()
+        self._group, _ = await both(
             groups.off_thread(
-                lambda: groups.join(store, name, 0, size, device=self._device, host=host, seconds=seconds)
+                lambda: groups.join(
+                    self._store, how["name"], 0, how["size"], device=self._device, host=how["host"],
+                    seconds=how["seconds"],
+                )
             ),
-            llm.collective_rpc("advgame_join", args=(how, self.layout.to_tree())),
-        )
-        self._group = joined
+            llm.collective_rpc("advgame_join", args=(how, layout.to_tree())),
+        )  # fmt: skip
+
+    @property
+    def _store(self) -> Any:
+        return groups.open_store(self._settings.rendezvous_host, self._settings.rendezvous_port)
+
+    def _meeting(self) -> dict[str, Any]:
+        """How a worker comes to a group of a sender and all workers, by a name that nobody had before."""
+        return {
+            "host": self._settings.rendezvous_host,
+            "port": self._store.port,
+            "name": f"advgame-{secrets.token_hex(4)}",
+            "size": 1 + len(self.plans),
+            "seconds": self._settings.publish_timeout_s,
+            "plans": [plan.hash for plan in self.plans],
+        }
 
     async def deliver(self, llm: Any, *, verify: bool) -> None:
         """Sends every bucket while the workers receive; with `verify` they compare what arrived at each place."""
         seconds = self._settings.publish_timeout_s
         sums = self.checksums() if verify else None
-        await _both(
+        await both(
             groups.off_thread(lambda: self._send(seconds)), llm.collective_rpc("advgame_receive", args=(seconds, sums))
         )
 
@@ -117,7 +137,7 @@ class CollectiveChannel:
             self._group = None
 
 
-async def _both(trainer: Awaitable[Any], engine: Awaitable[Any]) -> tuple[Any, Any]:
+async def both(trainer: Awaitable[Any], engine: Awaitable[Any]) -> tuple[Any, Any]:
     """Both sides of a collective call; the first error ends the wait for the other."""
     tasks = [asyncio.ensure_future(one) for one in (trainer, engine)]
     try:

@@ -9,16 +9,25 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from advgame.errors import InputError
+
+T = TypeVar("T")
+
+LOOK_S = 0.05
+"""Seconds between looks at whether a call is still wanted."""
+
+_left: list[tuple[float, Any]] = []
+"""Groups in which a call may still hang, and when it will have run out: their destructors wait for it."""
 
 _stores: dict[tuple[str, int], Any] = {}
 
@@ -37,8 +46,18 @@ def open_store(host: str, port: int, field: str = "rollout.vllm.rendezvous_port"
     return _stores[host, port]
 
 
+def reach(host: str, port: int, seconds: float) -> Any:
+    """A connection to the trainer's store. RuntimeError: there is none within `seconds`."""
+    return dist.TCPStore(host, port, None, False, timedelta(seconds=seconds), wait_for_workers=False)
+
+
+def await_key(store: Any, key: str, seconds: float) -> None:
+    """Returns when somebody has set `key`. RuntimeError after `seconds`."""
+    store.wait([key], timedelta(seconds=seconds))
+
+
 def join(store: Any, name: str, rank: int, size: int, *, device: torch.device, host: str, seconds: float) -> Any:
-    """The group `name`, once all `size` members have come; rank 0 is the trainer. RuntimeError after `seconds`."""
+    """The group `name`, once all `size` members have come; rank 0 is who sends. RuntimeError after `seconds`."""
     prefixed = dist.PrefixStore(name, store)
     limit = timedelta(seconds=seconds)
     if device.type != "cuda":
@@ -64,11 +83,79 @@ def join(store: Any, name: str, rank: int, size: int, *, device: torch.device, h
             os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = before
 
 
-def broadcast(group: Any, tensor: Tensor, seconds: float) -> None:
-    """From rank 0 to everybody; on the CPU it is there when this returns, on a GPU the current stream waits for it."""
+def broadcast(group: Any, tensor: Tensor, seconds: float, called_off: Callable[[], bool] | None = None) -> None:
+    """From rank 0 to everybody; on the CPU it is there when this returns, on a GPU the current stream waits for it.
+
+    RuntimeError: the other side is gone, or silent for `seconds`; or `called_off`, which is asked meanwhile, says so.
+    The group is of no use then.
+    """
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0
-    group.broadcast([tensor], options).wait(timedelta(seconds=seconds))
+    work = group.broadcast([tensor], options)
+    if called_off is None:
+        work.wait(timedelta(seconds=seconds))
+        return
+    started = looked = time.monotonic()
+    pause = 5e-5
+    while not work.is_completed():
+        now = time.monotonic()
+        if now - looked > LOOK_S:
+            looked = now
+            if called_off() or now - started > seconds:
+                leave(group)
+                _left.append((now + seconds, group))
+                raise RuntimeError("called off" if now - started <= seconds else f"nobody received for {seconds:g} s")
+        time.sleep(pause)
+        pause = min(2 * pause, 1e-3)
+    work.wait(timedelta(seconds=seconds))
+
+
+def greet(group: Any, device: torch.device, seconds: float) -> None:
+    """One byte from rank 0 to everybody: NCCL connects in its first call, without a time limit of its own."""
+    broadcast(group, torch.zeros(1, dtype=torch.uint8, device=device), seconds)
+
+
+def limited(call: Callable[[], T], seconds: float, called_off: Callable[[], bool]) -> T:
+    """`call()` in a thread, which is left alone when it takes longer than `seconds`, or `called_off` says so.
+
+    Raises what it raises, and RuntimeError.
+    """
+    done: list[T] = []
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            done.append(call())
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="advgame-collective")
+    thread.start()
+    until = time.monotonic() + seconds
+    while thread.is_alive():
+        thread.join(LOOK_S)
+        if not thread.is_alive():
+            break
+        if called_off():
+            raise RuntimeError("called off")
+        if time.monotonic() > until:
+            raise RuntimeError(f"nobody came within {seconds:g} s")
+    if failed:
+        raise failed[0]
+    return done[0]
+
+
+def whether(host: str, port: int, key: str, seconds: float) -> Callable[[], bool]:
+    """Tells, whenever it is called, whether somebody has set `key` in the store, or the store is gone."""
+    store = reach(host, port, seconds)
+
+    def told() -> bool:
+        try:
+            return bool(store.check([key]))
+        except RuntimeError:
+            return True
+
+    return told
 
 
 def leave(group: Any) -> None:
@@ -77,7 +164,9 @@ def leave(group: Any) -> None:
         if (end := getattr(group, name, None)) is not None:
             with suppress(RuntimeError, NotImplementedError):
                 end()
-            return
+            break
+    now = time.monotonic()
+    _left[:] = [(until, one) for until, one in _left if until > now]
 
 
 async def off_thread(call: Callable[[], Any]) -> Any:

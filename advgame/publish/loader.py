@@ -10,9 +10,10 @@ from torch import Tensor
 
 from advgame.publish.arena import Arena, checksum, flat_view
 from advgame.publish.plan import ALIGNMENT, Source
+from advgame.rollout.channel import NoTurns
 
 
-class LoaderChannel:
+class LoaderChannel(NoTurns):
     """The trainer writes a shared file in its own layout; the engine then loads it like a checkpoint.
 
     Right wherever vLLM can reload a model, at the price of its loader: every parameter is copied, split and processed

@@ -27,6 +27,7 @@ from advgame.publish.binding import bind, checksums, compare, copied_checksums, 
 from advgame.publish.buckets import Layout, Unpacker
 from advgame.publish.cuda_memory import device_id
 from advgame.publish.meeting import VARIABLE, Call
+from advgame.publish.pieces import PieceReceiver, digest, messages_of
 from advgame.publish.plan import Plan, Source
 from advgame.publish.record import PlanRefused, record
 
@@ -47,8 +48,10 @@ class PublishEngine(WeightTransferEngine):
         super().__init__(config, *rest)
         self.plan: Plan | None = None
         self.flats: dict[str, Tensor] = {}
-        self.group: Any = None
+        self.groups: list[Any] = []
         self.unpacker: Unpacker | None = None
+        self.pieces: PieceReceiver | None = None
+        self.store: Any = None
         if VARIABLE in os.environ:
             self._move_in(place_of(rest))
 
@@ -86,9 +89,9 @@ class PublishEngine(WeightTransferEngine):
 
     def shutdown(self) -> None:
         """The trainer's memory is released with the parameters that live in it."""
-        if self.group is not None:
-            groups.leave(self.group)
-            self.group = None
+        for group in self.groups:
+            groups.leave(group)
+        self.groups = []
 
     @staticmethod
     def trainer_send_weights(*_: Any, **__: Any) -> None:
@@ -143,26 +146,44 @@ class PublishWorker:
         """Joins the trainer's group; later buckets are laid out so."""
         engine, place = _engine_of(self), place_of_worker(self)
         engine.shutdown()
-        store = groups.dist.TCPStore(
-            how["host"], how["port"], None, False, groups.timedelta(seconds=how["seconds"]), wait_for_workers=False
-        )
-        engine.group = groups.join(
-            store, how["name"], 1 + place.rank, how["size"], device=place.device, host=how["host"],
-            seconds=how["seconds"],
-        )  # fmt: skip
-        plan = _plan_of(self)
-        check_hash(plan, how["plans"][place.rank])
-        engine.flats = engine.flats or flats_of(place.model, plan)
-        engine.unpacker = Unpacker(Layout.from_tree(layout), plan, engine.flats, place.device)
+        store = groups.reach(how["host"], how["port"], how["seconds"])
+        _join(engine, place, how, how["name"], store)
+        _lay_out(engine, place, how, layout)
+
+    def advgame_join_ranks(self, how: dict[str, Any], layout: dict[str, Any], held: list[list[Any]]) -> None:
+        """Joins a group of each sending rank; held: by rank, the spans of the packed sources, in their order."""
+        engine, place = _engine_of(self), place_of_worker(self)
+        engine.shutdown()
+        store = groups.reach(how["host"], how["port"], how["seconds"])
+        groups.await_key(store, how["begin"], how["patience"])
+        for sender in range(len(held)):
+            _join(engine, place, how, f"{how['name']}/{sender}", store)
+            groups.greet(engine.groups[-1], place.device, how["seconds"])
+        unpacker = _lay_out(engine, place, how, layout)
+        names = [one.name for one in unpacker.layout.packed]
+        spans = [{name: (first, n) for name, (first, n) in zip(names, own, strict=True)} for own in held]
+        messages = messages_of(unpacker.layout, spans, how["limit"])
+        if digest(messages) != how["messages"]:
+            raise RuntimeError("the ranks cut their shards into other messages than this engine expects")
+        engine.store, engine.pieces = store, PieceReceiver(unpacker, messages, engine.groups)
+
+    def advgame_receive_ranks(self, begin: str, patience: float, seconds: float, verify: bool) -> dict[str, int]:
+        """What every rank sends once the key `begin` is set; with `verify` compares every place, and returns the
+        checksums of what arrived."""
+        engine = _engine_of(self)
+        assert engine.pieces is not None, "advgame_join_ranks comes first"
+        groups.await_key(engine.store, begin, patience)
+        return engine.pieces.receive(seconds, verify=verify)
 
     def advgame_receive(self, seconds: float, expected: list[dict[str, int]] | None) -> None:
         """Receives all buckets and copies them to their places; with `expected` (by rank) compares every place."""
         engine, place = _engine_of(self), place_of_worker(self)
         unpacker = engine.unpacker
+        (group,) = engine.groups
         assert unpacker is not None, "advgame_join comes first"
         with torch.no_grad():
             for number in range(len(unpacker.layout.bounds) - 1):
-                groups.broadcast(engine.group, unpacker.bucket(number), seconds)
+                groups.broadcast(group, unpacker.bucket(number), seconds)
                 unpacker.unpack(number)
         if place.device.type == "cuda":
             torch.cuda.synchronize(place.device)
@@ -220,6 +241,22 @@ class PublishWorker:
 def _engine_of(worker: Any) -> PublishEngine:
     engine: PublishEngine = worker.weight_transfer_engine
     return engine
+
+
+def _join(engine: PublishEngine, place: Place, how: dict[str, Any], name: str, store: Any) -> None:
+    engine.groups.append(
+        groups.join(
+            store, name, 1 + place.rank, how["size"], device=place.device, host=how["host"], seconds=how["seconds"]
+        )
+    )
+
+
+def _lay_out(engine: PublishEngine, place: Place, how: dict[str, Any], layout: dict[str, Any]) -> Unpacker:
+    assert engine.plan is not None, "advgame_plan comes first"
+    check_hash(engine.plan, how["plans"][place.rank])
+    engine.flats = engine.flats or flats_of(place.model, engine.plan)
+    engine.unpacker = Unpacker(Layout.from_tree(layout), engine.plan, engine.flats, place.device)
+    return engine.unpacker
 
 
 def check_hash(plan: Plan, theirs: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -34,10 +35,20 @@ class Channel(Protocol):
     async def attach(self, llm: Any) -> None:
         """Connects to a freshly started engine, dropping a former one."""
 
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        """Held from before a write to the end of its delivery, where channels share who sends."""
+
     async def deliver(self, llm: Any, *, verify: bool) -> None:
         """After a write and before the engine runs again: whatever is left until it reads the new weights."""
 
     def close(self) -> None: ...
+
+
+class NoTurns:
+    """For a channel that shares nothing with others."""
+
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
 
 
 class WriteFailed(Exception):

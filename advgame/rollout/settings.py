@@ -49,11 +49,11 @@ class VllmSettings(Section):
     transport: Literal["auto", "shm", "ipc", "collective", "loader"] = Field(
         "auto",
         description="How weights arrive. shm (CPU) and ipc (GPUs of this node): written where the engine reads; "
-        "collective: broadcast in buckets (other nodes; NCCL, gloo); loader: vLLM's own, slower; auto: shm or ipc, and "
-        "the loader with a warning for models whose copy plan is refused.",
+        "collective: broadcast in buckets (other nodes, or from the ranks of a sharded player; NCCL, gloo); loader: "
+        "vLLM's own, slower; auto: shm or ipc, and the loader with a warning for models whose copy plan is refused.",
     )
     rendezvous_host: str = Field(
-        "127.0.0.1", description="collective: address of the trainer's node as the engines' nodes see it."
+        "127.0.0.1", description="collective: address of rank 0's node as engines and ranks on other nodes see it."
     )
     rendezvous_port: int = Field(0, ge=0, le=65535, description="collective: port of the trainer; 0: any free one.")
     bucket_mib: PositiveInt = Field(256, description="collective: size of a bucket in MiB, held once on each side.")

@@ -167,11 +167,12 @@ class VllmEngine:
             await part(process.pause(PAUSE_MODES[self.settings.in_flight]))
             if turn is not None:
                 await turn()
+            async with self._channel.turn():
                 marks[-1] = time.perf_counter()
-            written = True
-            written_into(self._channel, write)
-            marks.append(time.perf_counter())
-            await part(self._channel.deliver(process, verify=bool(every) and self._publishes % every == 0))
+                written = True
+                written_into(self._channel, write)
+                marks.append(time.perf_counter())
+                await part(self._channel.deliver(process, verify=bool(every) and self._publishes % every == 0))
             await part(process.reset_caches())
             await part(process.stamp(version))
             self._version = version

@@ -31,8 +31,9 @@ async def opened(
             if channel is not None:
                 await channel.attach(process)
                 if write is not None:
-                    written_into(channel, write)
-                    await channel.deliver(process, verify=True)
+                    async with channel.turn():
+                        written_into(channel, write)
+                        await channel.deliver(process, verify=True)
                     await process.reset_caches()
             await process.stamp(version())
     except BaseException as error:  # also of a caller who is cancelled

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from advgame.config import Config
@@ -59,7 +58,8 @@ def check_engines(config: Config, folders: Mapping[str, Path]) -> Cluster | None
             vllm_start.check_model(folder, field, config.rollout.vllm, cpu=cpu, elsewhere=elsewhere)
             if not field.startswith("judge."):
                 vllm_start.check_player(folder, field)
-    if cluster is not None and cluster.gpus and players and vllm_start.on_cpu():
+    alone = config.learn.backend == "plain"  # else the ranks send, and rank 0 need not be one of them
+    if cluster is not None and cluster.gpus and players and alone and vllm_start.on_cpu():
         raise InputError(
             "cluster.gpus: engines on GPUs get their weights over NCCL, and torch sees no GPU for the trainer here; "
             "start the run on a node with one"
@@ -107,6 +107,11 @@ def open_engine(
     """
     stops = stop_ids(folder, tokenizer)
     if kind == "vllm":
+        if learner is not None and learner.senders is not None and not _by_ranks(config, cluster):
+            learner.notes.append(
+                f"{name}: its weights are gathered on rank 0 before they reach an engine; set rollout.vllm.transport: "
+                "collective to have every rank send its own shard"
+            )
         count = config.rollout.vllm.replicas_of(name)
         replicas = [
             VllmEngine(
@@ -115,7 +120,7 @@ def open_engine(
                 settings=config.rollout.vllm,
                 dtype=config.rollout.dtype,
                 stop_ids=stops,
-                channel=None if learner is None else open_channel(config, folder, learner.published, cluster),
+                channel=None if learner is None else open_channel(config, folder, learner, cluster, number),
                 restore=None if learner is None else learner.serve_into,
                 counters=counters,
                 text_stops=name == "judge",
@@ -144,19 +149,28 @@ def launch_of(name: str, number: int, count: int, cluster: Cluster | None) -> La
     return launch if count == 1 else launch_threaded
 
 
+def _by_ranks(config: Config, cluster: Cluster | None) -> bool:
+    """Whether the ranks of a sharded player send it themselves."""
+    return cluster is not None or config.rollout.vllm.transport == "collective"
+
+
 def open_channel(
-    config: Config, folder: Path, parameters: Mapping[str, Tensor], cluster: Cluster | None = None
+    config: Config, folder: Path, learner: Trainer, cluster: Cluster | None = None, replica: int = 0
 ) -> Channel:
-    """The way of weights by `rollout.vllm.transport`."""
+    """The way of a player's weights to one engine, by `rollout.vllm.transport` and who holds them."""
     from advgame.publish.channels import AutoChannel, IpcChannel, LoaderChannel, ShmChannel
     from advgame.publish.collective import CollectiveChannel
     from advgame.publish.plan import sources_of
+    from advgame.publish.sharded import ShardsChannel
 
+    parameters = learner.published
     sources, settings = sources_of(parameters.items()), config.rollout.vllm
     device = next(iter(parameters.values())).device
+    if cluster is not None and settings.rendezvous_host == LOOPBACK:
+        settings = settings.model_copy(update={"rendezvous_host": cluster.host})
+    if learner.senders is not None and _by_ranks(config, cluster):
+        return ShardsChannel(folder.name, sources, learner.senders, settings, str(replica))
     if cluster is not None:
-        if settings.rendezvous_host == LOOPBACK:
-            settings = settings.model_copy(update={"rendezvous_host": cluster.host})
         return CollectiveChannel(folder.name, sources, device, settings)
     if settings.transport == "loader":
         return LoaderChannel(sources, config.rollout.dtype)
