@@ -22,7 +22,7 @@ from advgame.rollout.engine import EngineError
 from advgame.run import names
 from advgame.run.check import Plan, check
 from advgame.run.checkpoint import load_into
-from advgame.run.checkpoint_files import latest_checkpoint
+from advgame.run.checkpoint_files import latest_checkpoint, prune_checkpoints
 from advgame.run.folder import RunFolder, write_text_atomically
 from advgame.run.live import LiveView, Stage
 from advgame.run.loop import Progress, state_of, train
@@ -65,7 +65,7 @@ def start(config: Config, *, quiet: bool = False) -> Path:
     plan = check(config)
     with RunFolder.create(config.run.root, config.run.name, dump_config(config), purpose=purpose) as folder:
         try:
-            _play(config, folder, None, quiet=quiet, plan=plan)
+            _play(config, folder, None, quiet=quiet, plan=plan, resumed=False)
         except (KeyboardInterrupt, InputError, EngineError):
             if not any(folder.trees.iterdir()):
                 shutil.rmtree(folder.path)  # nothing was played: nothing to resume
@@ -81,18 +81,21 @@ def config_of(path: Path, overrides: list[str]) -> Config:
 
 
 def resume(path: Path, overrides: list[str], *, quiet: bool = False) -> Path:
-    """Continues a run from its newest intact checkpoint, with `overrides` to its settings."""
+    """Continues a run from its newest intact checkpoint, with `overrides` to its settings; one that was killed before
+    its first, from the beginning."""
     config = config_of(path, overrides)
     plan = check(config)
     with RunFolder.resume(path) as folder:
         found = latest_checkpoint(folder.checkpoints)
-        if found.path is None:
+        if found.path is None and found.skipped:
             raise InputError(f"{path}: no intact checkpoint to resume from; start the run anew")
-        _play(config, folder, found.path, quiet=quiet, plan=plan)
+        _play(config, folder, found.path, quiet=quiet, plan=plan, resumed=True)
         return folder.path
 
 
-def _play(config: Config, folder: RunFolder, checkpoint: Path | None, *, quiet: bool, plan: Plan) -> None:
+def _play(
+    config: Config, folder: RunFolder, checkpoint: Path | None, *, quiet: bool, plan: Plan, resumed: bool
+) -> None:
     """The run in its folder, from `checkpoint` if there is one."""
     keep_freed_memory()
     collect_rarely()
@@ -106,10 +109,12 @@ def _play(config: Config, folder: RunFolder, checkpoint: Path | None, *, quiet: 
     progress_of_run = Progress()
     if checkpoint is not None:
         progress_of_run = _restore(session, checkpoint)
-        # settings that do not fit the checkpoint have been refused by now, and leave the run as it was
-        if load_config(folder.config) != config:
-            write_text_atomically(folder.config, dump_config(config))
-    asyncio.run(_run(session, folder, progress_of_run, resumed=checkpoint is not None, quiet=quiet))
+        # what a kill left beside it; nobody may save again, if all steps are played
+        prune_checkpoints(folder.checkpoints, progress_of_run.step, config.run.keep_checkpoints)
+    # settings that do not fit the checkpoint have been refused by now, and leave the run as it was
+    if resumed and load_config(folder.config) != config:
+        write_text_atomically(folder.config, dump_config(config))
+    asyncio.run(_run(session, folder, progress_of_run, resumed=resumed, quiet=quiet))
 
 
 def _restore(session: Session, checkpoint: Path) -> Progress:
