@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import models
+import torch
 
 from advgame.rollout.engine import Request, Sampling, stream_seed
 from advgame.rollout.settings import VllmSettings
@@ -38,3 +39,55 @@ def play(runner: asyncio.Runner, engine, requests):
         return await asyncio.gather(*(engine.generate(r) for r in requests), return_exceptions=True)
 
     return runner.run(together())
+
+
+class Weights:
+    """Two models that take turns as the average."""
+
+    def __init__(self):
+        self.models = [models.model(seed=s, hidden=HIDDEN) for s in (0, 1)]
+        self.moves = 0
+
+    @property
+    def now(self):
+        return self.models[self.moves % 2]
+
+    def write(self, served):
+        self.moves += 1
+        self.restore(served)
+
+    def restore(self, served):
+        with torch.no_grad():
+            for name, parameter in self.now.named_parameters():
+                served[name].copy_(parameter)
+
+
+def assert_serves(runner, engine, weights, prompts=((3, 9, 10),)):
+    """What the engine samples has its version, and the log-probs of `weights.now`."""
+    for sample in play(runner, engine, [request(p, i, max_tokens=48) for i, p in enumerate(prompts)]):
+        assert sample.version == engine.version
+        ids = torch.tensor([[*sample.prompt_ids, *sample.token_ids]])
+        with torch.no_grad():
+            logps = weights.now(input_ids=ids).logits[0].log_softmax(-1)
+        rows = torch.arange(len(sample.prompt_ids) - 1, ids.shape[1] - 1)
+        expected = logps[rows, torch.tensor(sample.token_ids)]
+        torch.testing.assert_close(torch.tensor(sample.logprobs), expected, atol=1e-4, rtol=1e-4)
+
+
+async def until(condition, seconds=5.0, pause=0.001):
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(pause)
+
+
+def everybody_up(runner, engine):
+    """Waits for all replicas."""
+    runner.run(until(lambda: all(seat.up for seat in engine._seats), 120, 0.05))
+
+
+def running(pid):
+    """Whether the process is there, and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False

@@ -19,6 +19,15 @@ from advgame.learn.team import Team
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def kinds(steps: float, *, averaged: bool, previous: bool) -> tuple[str, ...]:
+    """What is dealt out when a run goes on, in the order in which all ranks take it.
+
+    steps: that the optimizer has made. previous: whether there is an average before the last one.
+    """
+    held = {"shadow": averaged, "previous": previous}
+    return ("live", *(MOMENTS if steps else ()), *(what for what, there in held.items() if there))
+
+
 @dataclass(frozen=True)
 class Piece:
     """Elements [start, start + length) of a flattened parameter, and where they lie in a flat master."""

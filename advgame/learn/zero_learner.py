@@ -15,8 +15,9 @@ from advgame.game.pairs import Group, Pair
 from advgame.game.tree import Sample
 from advgame.learn.layout import Layout
 from advgame.learn.load import load_model
+from advgame.learn.optimizer import make_optimizer
 from advgame.learn.settings import LearnSettings
-from advgame.learn.shards import MOMENTS
+from advgame.learn.shards import MOMENTS, kinds
 from advgame.learn.team import teams
 from advgame.learn.trainer import Metrics, SamplerGap, Trainer, Whole
 from advgame.learn.zero_calls import Shardholder, groups_message, pairs_message, samples_message
@@ -126,13 +127,7 @@ class DeepSpeedLearner(Trainer):
         parameters = dict(model.named_parameters())
         for name, tensor in self._gathered("live"):
             parameters[name].copy_(tensor)
-        optimizer = torch.optim.AdamW(
-            parameters.values(),
-            lr=self.base_lr,
-            betas=self.settings.betas,
-            weight_decay=self.settings.weight_decay,
-            fused=True,
-        )
+        optimizer = make_optimizer(parameters.values(), self.settings, self.base_lr, model.device)
         if steps := self._call("steps"):
             for parameter in parameters.values():
                 optimizer.state[parameter]["step"] = torch.tensor(steps)
@@ -157,11 +152,10 @@ class DeepSpeedLearner(Trainer):
         }  # fmt: skip
         with self._moving("take", steps=steps, previous=self._previous):
             shard = self._holder.shards.get(self._field)
-            if shard is not None:
+            if shard is None:
+                for what in kinds(steps, averaged=self.averaged, previous=self._previous):
+                    self._layout.deal(wholes[what], {}, self.team)
+            else:
                 shard.take_pieces(
                     steps, self._previous, lambda what, own: self._layout.deal(wholes[what], own, self.team)
                 )
-                return
-            kinds = ("live", *(MOMENTS if steps else ()), *(w for w in ("shadow", "previous") if wholes[w]))
-            for what in kinds:
-                self._layout.deal(wholes[what], {}, self.team)

@@ -17,7 +17,7 @@ from advgame.game.pairs import Group, Pair
 from advgame.learn.learner import Learner, Out
 from advgame.learn.micro import shares
 from advgame.learn.settings import LearnSettings
-from advgame.learn.shards import MOMENTS, Shards
+from advgame.learn.shards import MOMENTS, Shards, kinds
 from advgame.learn.team import Team
 from advgame.learn.trainer import Metrics
 from advgame.learn.zero_config import engine_config, read_json, stage_of
@@ -66,10 +66,7 @@ class ZeroShard(Learner):
         )  # fmt: skip
 
     def _made_optimizer(self) -> torch.optim.Optimizer:
-        settings = self.settings
-        optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=0.0, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-        )
+        optimizer = super()._made_optimizer()
         with quietly():
             if self.team.device.type == "cpu":
                 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -84,7 +81,7 @@ class ZeroShard(Learner):
                 model=self._entry,
                 model_parameters=list(self.parameters.values()),
                 optimizer=optimizer,
-                config=engine_config(settings),
+                config=engine_config(self.settings),
                 dist_init_required=False,
             )
         self._entry.eval()
@@ -178,8 +175,6 @@ class ZeroShard(Learner):
             self.previous = {}
         elif not self.previous:
             self.previous = {name: torch.zeros_like(own) for name, own in self.live.items()}
-        fill("live", self.live)
+        for what in kinds(steps, averaged=self.averaged, previous=previous):
+            fill(what, self.pieces(what))
         self.shards.refresh()
-        for what in (*(MOMENTS if steps else ()), "shadow", "previous"):
-            if pieces := self.pieces(what):
-                fill(what, pieces)

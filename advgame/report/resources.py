@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import re
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from advgame.run import names
 from advgame.run.energy import JOULES_PER_KWH
 from advgame.run.folder import write_text_atomically
 from advgame.run.recorder import read_metrics
+from advgame.run.summary import spread
 
 SUMS = {
     "seconds": "seconds, evaluation left out",
@@ -155,14 +155,7 @@ def table_of(groups: Mapping[str, Sequence[Used]]) -> Table:
         table.add_column(name, justify="left" if not name else "right")
     for name, group in groups.items():
         steps = [float(one.step) for one in group if one.step is not None]
-        reached = _span(steps, "{:.0f}") if len(steps) == len(group) else f"{len(steps)} of {len(group)} got there"
-        cells = [_span([one.values[c] for one in group if c in one.values], "{:.3g}") for c in columns]
+        reached = spread(steps, ".0f") if len(steps) == len(group) else f"{len(steps)} of {len(group)} got there"
+        cells = [spread([one.values[c] for one in group if c in one.values], ".3g") for c in columns]
         table.add_row(name, str(len(group)), reached, *cells)
     return table
-
-
-def _span(values: Sequence[float], form: str) -> str:
-    if not values:
-        return "not available"
-    mean = form.format(statistics.mean(values))
-    return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"

@@ -259,6 +259,10 @@ class _Publish:
         self.moved = True
 
 
+Served = VllmEngine | ReplicaEngine
+"""A model that vLLM samples, by one engine or by several."""
+
+
 def restored(engine: VllmEngine) -> Write:
     assert engine.restore is not None, "an engine that takes weights can restore them"
     return engine.restore

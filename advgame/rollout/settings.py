@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -78,11 +79,13 @@ class VllmSettings(Section):
     )
 
     def replicas_of(self, name: str) -> int:
-        return next((count for one, count in self.replicas.items() if one == name), 1)
+        counts: Mapping[Any, int] = self.replicas
+        return counts.get(name, 1)
 
     def device_of(self, name: str, replica: int = 0) -> str | None:
         """CUDA_VISIBLE_DEVICES of one engine; None: whatever this process has."""
-        placed = next((devices for one, devices in self.devices.items() if one == name), None)
+        devices: Mapping[Any, str | list[str]] = self.devices
+        placed = devices.get(name)
         return placed[replica] if isinstance(placed, list) else placed
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from advgame.run.live import LiveView, Stage
 from advgame.run.loop import Progress, state_of, train
 from advgame.run.recorder import Recorder
 from advgame.run.session import Session, open_session, world_roles
-from advgame.run.summary import write_summary
+from advgame.run.summary import spread, write_summary
 from advgame.run.trackers import make_trackers
 from advgame.world.training import PlayerRole
 from advgame.world.warmstart import steps_of
@@ -216,15 +215,9 @@ def summarise_seeds(folders: list[Path], console: Console) -> None:
         table.add_column(heading, justify="left" if not heading else "right")
     for name, label in names.LABELS.items():
         cells = [
-            _spread([s[key] for s in summaries if s.get(key := f"{name}_{when}") is not None])
+            spread([s[key] for s in summaries if s.get(key := f"{name}_{when}") is not None], ".3f")
             for when in ("before", "after")
         ]
         table.add_row(label, *cells)
-    table.add_row("seconds of the game", "", _spread([s["seconds"] for s in summaries], ".0f"))
+    table.add_row("seconds of the game", "", spread([s["seconds"] for s in summaries], ".0f"))
     console.print(table)
-
-
-def _spread(values: list[float], form: str = ".3f") -> str:
-    if not values:
-        return "-"
-    return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"

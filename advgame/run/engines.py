@@ -20,7 +20,7 @@ from advgame.rollout.channel import Channel
 from advgame.rollout.chat import ChatFormat, stop_ids
 from advgame.rollout.endpoint_engine import EndpointSpeaker, check_endpoint
 from advgame.rollout.engine import Engine, Sampling
-from advgame.rollout.replicas import ReplicaEngine
+from advgame.rollout.replicas import ReplicaEngine, Served
 from advgame.rollout.sampler_process import SamplerProcess
 from advgame.rollout.transformers_engine import TransformersEngine
 from advgame.rollout.vllm_engine import VllmEngine
@@ -180,7 +180,7 @@ def notes_of(config: Config, engines: Sequence[Engine]) -> list[str]:
     if config.judge.endpoint is not None:
         host = check_endpoint(config.judge.endpoint, "judge.endpoint")
         notes.append(f"egress: the judge's questions go to {host} (judge.endpoint), and nowhere else")
-    started = [engine for engine in engines if isinstance(engine, VllmEngine | ReplicaEngine)]
+    started = [engine for engine in engines if isinstance(engine, Served)]
     if started and config.run.deterministic:
         notes.append("run.deterministic: vLLM batches requests as they come; this run does not repeat bit for bit")
     notes += [f"{engine.name}: {note}" for engine in started for note in engine.notes]

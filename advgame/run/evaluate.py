@@ -16,9 +16,8 @@ from advgame.game.play import play_batch
 from advgame.game.rewards import tree_rewards
 from advgame.game.tree import Outcome, Seed, Tree
 from advgame.learn.load import load_model
-from advgame.rollout.replicas import ReplicaEngine
+from advgame.rollout.replicas import Served
 from advgame.rollout.transformers_engine import TransformersEngine
-from advgame.rollout.vllm_engine import VllmEngine
 from advgame.run import names
 from advgame.run.metrics import judged_rates, play_metrics
 from advgame.run.session import Session, Side
@@ -88,7 +87,7 @@ def served_model(side: Side) -> PreTrainedModel:
     """A model of this process with the weights that the side's engine serves: the engine's own, or a copy."""
     if isinstance(side.engine, TransformersEngine):
         return side.engine.model
-    assert isinstance(side.engine, VllmEngine | ReplicaEngine), "players are sampled by these two"
+    assert isinstance(side.engine, Served), "players are sampled by these two"
     model = load_model(side.engine.folder, f"{side.name}.model").eval()
     if side.learner is not None:
         side.learner.serve_into(dict(model.named_parameters()))

@@ -17,9 +17,8 @@ from advgame.game.rewards import TreeRewards, tree_rewards
 from advgame.game.tree import Attack, Category, Outcome, Response, Tree
 from advgame.learn.trainer import Trainer, Whole
 from advgame.rollout.engine import EngineError
-from advgame.rollout.replicas import ReplicaEngine
+from advgame.rollout.replicas import Served
 from advgame.rollout.speaker import Speaker
-from advgame.rollout.vllm_engine import VllmEngine
 from advgame.run import names
 from advgame.run.checkpoint import PlayerState, TrainState, save_checkpoint
 from advgame.run.effort import Clock, Replicas, Totals, step_effort
@@ -264,7 +263,7 @@ def publish_times(session: Session) -> dict[str, float]:
             continue
         if side.engine.first_token.seconds:
             values[names.first_token_seconds(side.name)] = side.engine.first_token.seconds
-        if isinstance(side.engine, VllmEngine | ReplicaEngine):
+        if isinstance(side.engine, Served):
             parts = asdict(side.engine.last_publish)
             values |= {f"publish/{side.name}/{part}_ms": 1000 * seconds for part, seconds in parts.items()}
     return values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,14 @@ JUDGE_LABELS = {
 
 History = Sequence[Mapping[str, Any]]
 """Rows of `metrics.jsonl`, as `read_metrics` gives them."""
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """The mean, and the lowest and highest of several, each by the format `form`; "-" for none."""
+    if not values:
+        return "-"
+    mean = format(statistics.mean(values), form)
+    return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
 
 
 def write_summary(

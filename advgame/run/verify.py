@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from advgame.game.pairs import Role
 from advgame.game.tree import Sample, Tree
 from advgame.learn.trainer import SamplerGap
-from advgame.rollout.replicas import ReplicaEngine
-from advgame.rollout.vllm_engine import VllmEngine
+from advgame.rollout.replicas import Served
 from advgame.run.session import Session, Side
 
 LIMITS = {"float32": 0.02, "bfloat16": 1.0}
@@ -68,12 +67,7 @@ def gap_metrics(
 
 def due(session: Session, side: Side, step: int) -> bool:
     every = session.config.rollout.vllm.verify_every
-    return (
-        side.learner is not None
-        and isinstance(side.engine, VllmEngine | ReplicaEngine)
-        and bool(every)
-        and step % every == 0
-    )
+    return side.learner is not None and isinstance(side.engine, Served) and bool(every) and step % every == 0
 
 
 def measured_by_update(side: Side) -> bool:

@@ -4,6 +4,7 @@ import json
 
 import models
 import pytest
+from command_line import fails
 
 from advgame import cli
 from advgame.learn import load
@@ -28,15 +29,6 @@ def good(tmp_path):
     return tmp_path
 
 
-def fails(capsys, *words):
-    capsys.readouterr()
-    assert cli.main(["train", *map(str, words)]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("advgame: ")
-    assert err.count("\n") == 1
-    return err
-
-
 @pytest.fixture(autouse=True)
 def no_model_loads(monkeypatch, request):
     if "loads" not in request.keywords:
@@ -48,15 +40,19 @@ def no_model_loads(monkeypatch, request):
 
 
 def test_missing_config(capsys, tmp_path):
-    assert "no such config file; try configs/tiny.yaml" in fails(capsys, tmp_path / "none.yaml")
+    assert "no such config file; try configs/tiny.yaml" in fails(capsys, "train", tmp_path / "none.yaml")
 
 
 def test_unknown_key(capsys, good):
-    assert "learn.bta: unknown key; did you mean 'beta'?" in fails(capsys, good / "config.yaml", "--learn.bta", "1")
+    assert "learn.bta: unknown key; did you mean 'beta'?" in fails(
+        capsys, "train", good / "config.yaml", "--learn.bta", "1"
+    )
 
 
 def test_wrong_type(capsys, good):
-    assert "learn.beta: input should be a valid number" in fails(capsys, good / "config.yaml", "--learn.beta", "x")
+    assert "learn.beta: input should be a valid number" in fails(
+        capsys, "train", good / "config.yaml", "--learn.beta", "x"
+    )
 
 
 SEED_FILES = {
@@ -72,15 +68,15 @@ SEED_FILES = {
 def test_seed_files(capsys, good, case):
     text, message = SEED_FILES[case]
     (good / "seeds.jsonl").write_text(text)
-    assert message in fails(capsys, good / "config.yaml")
+    assert message in fails(capsys, "train", good / "config.yaml")
 
 
 def test_missing_seed_file(capsys, good):
-    assert "none.jsonl" in fails(capsys, good / "config.yaml", "--data.train", good / "none.jsonl")
+    assert "none.jsonl" in fails(capsys, "train", good / "config.yaml", "--data.train", good / "none.jsonl")
 
 
 def test_model_folder_missing(capsys, good):
-    err = fails(capsys, good / "config.yaml", "--defender.model", good / "nowhere")
+    err = fails(capsys, "train", good / "config.yaml", "--defender.model", good / "nowhere")
     assert "defender.model: " in err
     assert "no config.json" in err
 
@@ -88,7 +84,7 @@ def test_model_folder_missing(capsys, good):
 def test_no_tokenizer(capsys, good):
     folder = good / "bare"
     models.model().save_pretrained(folder)
-    assert "has no tokenizer" in fails(capsys, good / "config.yaml", "--attacker.model", folder)
+    assert "has no tokenizer" in fails(capsys, "train", good / "config.yaml", "--attacker.model", folder)
 
 
 def test_no_chat_template(capsys, good):
@@ -97,12 +93,12 @@ def test_no_chat_template(capsys, good):
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings.pop("chat_template", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert "has no chat template" in fails(capsys, good / "config.yaml", "--attacker.model", folder)
+    assert "has no chat template" in fails(capsys, "train", good / "config.yaml", "--attacker.model", folder)
 
 
 def test_vocabulary_mismatch(capsys, good):
     folder = models.folder(good / "small", vocab=8)
-    err = fails(capsys, good / "config.yaml", "--defender.model", folder)
+    err = fails(capsys, "train", good / "config.yaml", "--defender.model", folder)
     assert "vocabulary mismatch" in err
     assert "8 rows" in err
 
@@ -111,24 +107,24 @@ def test_template_without_its_placeholder(capsys, good):
     templates = good / "templates"
     templates.mkdir()
     (templates / "attacker_harmful.md").write_text("rewrite it\n")
-    err = fails(capsys, good / "config.yaml", "--game.templates", templates)
+    err = fails(capsys, "train", good / "config.yaml", "--game.templates", templates)
     assert "attacker_harmful.md" in err
     assert "{seed}" in err
 
 
 def test_unwritable_run_folder(capsys, good):
     (good / "runs").write_text("a file in the way")
-    assert "choose another root for runs" in fails(capsys, good / "config.yaml")
+    assert "choose another root for runs" in fails(capsys, "train", good / "config.yaml")
 
 
 def test_completions_longer_than_the_models_positions(capsys, good):
-    err = fails(capsys, good / "config.yaml", "--defender.sampling.max_tokens", "5000")
+    err = fails(capsys, "train", good / "config.yaml", "--defender.sampling.max_tokens", "5000")
     assert "defender.sampling.max_tokens: 5000 leaves no room" in err
 
 
 def test_a_template_that_does_not_render(capsys, good):
     (good / "player" / "chat_template.jinja").write_text("{{ raise_exception('no system role') }}")
-    assert "does not render: no system role" in fails(capsys, good / "config.yaml")
+    assert "does not render: no system role" in fails(capsys, "train", good / "config.yaml")
 
 
 def test_validation_files_of_one_name(capsys, good):
@@ -136,7 +132,7 @@ def test_validation_files_of_one_name(capsys, good):
     for file in files:
         file.parent.mkdir()
         file.write_text((good / "seeds.jsonl").read_text())
-    err = fails(capsys, good / "config.yaml", "--data.validation", f"[{files[0]}, {files[1]}]")
+    err = fails(capsys, "train", good / "config.yaml", "--data.validation", f"[{files[0]}, {files[1]}]")
     assert "two files are called 'held'" in err
 
 
@@ -150,7 +146,9 @@ def test_the_command_line_itself(capsys):
 @pytest.mark.loads
 def test_a_model_that_cannot_be_packed(capsys, good):
     folder = models.folder(good / "sinks", "gpt_oss")
-    assert "cannot be trained on packed sequences" in fails(capsys, good / "config.yaml", "--defender.model", folder)
+    assert "cannot be trained on packed sequences" in fails(
+        capsys, "train", good / "config.yaml", "--defender.model", folder
+    )
 
 
 @pytest.mark.loads
@@ -168,11 +166,11 @@ def test_an_engine_that_answers_nothing_stops_the_run(capsys, good):
 
 def test_no_purpose(capsys, good, monkeypatch):
     monkeypatch.setattr("sys.stdin", open("/dev/null"))  # noqa: SIM115
-    assert "run.purpose: say what" in fails(capsys, good / "config.yaml", "--run.purpose", "")
+    assert "run.purpose: say what" in fails(capsys, "train", good / "config.yaml", "--run.purpose", "")
 
 
 def test_seeds_option(capsys, good):
-    assert "--seeds: give 1 or more" in fails(capsys, good / "config.yaml", "--seeds", "0")
+    assert "--seeds: give 1 or more" in fails(capsys, "train", good / "config.yaml", "--seeds", "0")
 
 
 def test_resuming_what_is_no_run(capsys, good):
@@ -183,7 +181,7 @@ def test_resuming_what_is_no_run(capsys, good):
 @pytest.mark.loads
 def test_broken_weights_are_named(capsys, good):
     (good / "player" / "model.safetensors").write_bytes(b"no weights")
-    assert "player" in fails(capsys, good / "config.yaml")
+    assert "player" in fails(capsys, "train", good / "config.yaml")
 
 
 @pytest.mark.loads

@@ -13,9 +13,9 @@ from collections import Counter
 from pathlib import Path
 
 import engines
-import models
 import pytest
 import torch
+from command_line import fails
 
 pytest.importorskip("vllm")
 ray = pytest.importorskip("ray")
@@ -98,7 +98,7 @@ def test_a_run_whose_actor_is_killed_loses_no_tree(words, cluster, tmp_path, mon
     assert all(row["publish/attacker/deliver_ms"] > 0 and row["publish/defender/deliver_ms"] > 0 for row in rows[:3])
     assert len({id(process) for _, process in seen}) >= 3
     assert len(killed) == 1
-    assert not any(running(pid) for pid in killed[0]), "the engine core outlived its actor"
+    assert not any(engines.running(pid) for pid in killed[0]), "the engine core outlived its actor"
     # everything was given back
     give_up = time.monotonic() + 20
     while ray.available_resources().get("CPU") != 4:
@@ -106,34 +106,8 @@ def test_a_run_whose_actor_is_killed_loses_no_tree(words, cluster, tmp_path, mon
         time.sleep(0.1)
 
 
-def running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 async def nothing(session, step):
     return {}
-
-
-class Weights:
-    def __init__(self):
-        self.models = [models.model(seed=s, hidden=engines.HIDDEN) for s in (0, 1)]
-        self.moves = 0
-
-    @property
-    def now(self):
-        return self.models[self.moves % 2]
-
-    def write(self, served):
-        self.moves += 1
-        self.restore(served)
-
-    def restore(self, served):
-        with torch.no_grad():
-            for name, parameter in self.now.named_parameters():
-                served[name].copy_(parameter)
 
 
 def node_of(engine):
@@ -145,7 +119,7 @@ def node_of(engine):
 
 
 def test_a_node_that_dies_is_known_within_five_seconds_and_its_engine_placed_anew(runner, cluster, tmp_path):
-    weights, counters = Weights(), Counter()
+    weights, counters = engines.Weights(), Counter()
     settings = engines.settings(transport="collective", publish_timeout_s=60.0, verify_every=1)
     ray_cluster.connect(cluster.address)
     placed = ray_cluster.open_cluster(ClusterSettings(address=cluster.address), {"defender": 2}, 1)
@@ -202,50 +176,27 @@ def test_a_node_that_dies_is_known_within_five_seconds_and_its_engine_placed_ane
         assert {answer.version for answer in answers} == {1}
         assert counters["defender_moved"] > 0
         runner.run(engine.publish(2, weights.write))
-        runner.run(until(lambda: all(seat.up for seat in engine._seats), 120))
+        engines.everybody_up(runner, engine)
         assert runner.run(node_of(made[0])) not in (before, runner.run(node_of(made[1])))
-        assert_serve(runner, made, weights, 2)
+        for one in made:
+            assert one.version == 2
+            engines.assert_serves(runner, one, weights)
 
         # an actor that says nothing is as good as dead
         os.kill(made[1].process_ids[0], signal.SIGSTOP)
         stopped = time.perf_counter()
-        runner.run(until(lambda: not made[1].serving, 10))
+        runner.run(engines.until(lambda: not made[1].serving, 10))
         assert time.perf_counter() - stopped < 5
         runner.run(engine.publish(3, weights.write))
-        runner.run(until(lambda: all(seat.up for seat in engine._seats), 120))
-        assert_serve(runner, made, weights, 3)
+        engines.everybody_up(runner, engine)
+        for one in made:
+            assert one.version == 3
+            engines.assert_serves(runner, one, weights)
         assert counters["defender_restarts"] >= 2
     finally:
         runner.run(engine.close())
         placed.close()
         cluster.add_node(num_cpus=1)
-
-
-async def until(condition, seconds):
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.02)
-
-
-def assert_serve(runner, made, weights, version):
-    for one in made:
-        (sample,) = engines.play(runner, one, [engines.request((3, 9, 10), max_tokens=48)])
-        assert sample.version == version
-        ids = torch.tensor([[*sample.prompt_ids, *sample.token_ids]])
-        with torch.no_grad():
-            logps = weights.now(input_ids=ids).logits[0].log_softmax(-1)
-        rows = torch.arange(len(sample.prompt_ids) - 1, ids.shape[1] - 1)
-        expected = logps[rows, torch.tensor(sample.token_ids)]
-        torch.testing.assert_close(torch.tensor(sample.logprobs), expected, atol=1e-4, rtol=1e-4)
-
-
-def fails(capsys, *words):
-    capsys.readouterr()
-    assert cli.main([*words]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("advgame: ")
-    assert err.count("\n") == 1
-    return err
 
 
 def test_too_little_room_names_the_bundle(words, cluster, capsys):

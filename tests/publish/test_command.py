@@ -3,27 +3,19 @@
 import engines
 import models
 import pytest
+from command_line import fails
 
 from advgame import cli
 
 
-def fails(capsys, *words):
-    capsys.readouterr()
-    assert cli.main(["publish", *map(str, words)]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("advgame: ")
-    assert err.count("\n") == 1
-    return err
-
-
 def test_bad_input(capsys, tmp_path):
     pytest.importorskip("vllm")
-    assert "--plan: " in (err := fails(capsys, "--plan", tmp_path))
+    assert "--plan: " in (err := fails(capsys, "publish", "--plan", tmp_path))
     assert "no config.json" in err
     folder = models.folder(tmp_path / "m")
-    assert "heads of size 8" in fails(capsys, "--plan", folder)
-    assert "--diff: " in fails(capsys, "--plan", folder, "--diff", folder / "config.json")
-    assert "unexpected argument" in fails(capsys, "--plan", folder, "--wide", "3")
+    assert "heads of size 8" in fails(capsys, "publish", "--plan", folder)
+    assert "--diff: " in fails(capsys, "publish", "--plan", folder, "--diff", folder / "config.json")
+    assert "unexpected argument" in fails(capsys, "publish", "--plan", folder, "--wide", "3")
 
 
 @pytest.mark.slow

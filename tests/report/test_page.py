@@ -7,6 +7,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from command_line import fails
 from run_samples import EVIL, make_run
 
 from advgame import cli
@@ -181,29 +182,21 @@ def test_without_trees(tmp_path):
     assert Page(write_report([run], None, quiet=True)).trees() == []
 
 
-def fails(capsys, *words):
-    assert cli.main(["report", *map(str, words)]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("advgame: ")
-    assert err.count("\n") == 1
-    return err
-
-
 def test_bad_input(capsys, run, tmp_path):
-    assert "no such run folder" in fails(capsys, tmp_path / "none")
-    assert "not a run folder" in fails(capsys, tmp_path)
-    assert "give --out a file" in fails(capsys, run, "--out", tmp_path)
-    assert "no such folder" in fails(capsys, run, "--out", tmp_path / "x" / "y.html")
-    assert "--trees" in fails(capsys, run, "--trees", "-1")
-    assert "unexpected argument" in fails(capsys, run, "--colour", "red")
-    assert "at most 8" in fails(capsys, *[run] * 9)
+    assert "no such run folder" in fails(capsys, "report", tmp_path / "none")
+    assert "not a run folder" in fails(capsys, "report", tmp_path)
+    assert "give --out a file" in fails(capsys, "report", run, "--out", tmp_path)
+    assert "no such folder" in fails(capsys, "report", run, "--out", tmp_path / "x" / "y.html")
+    assert "--trees" in fails(capsys, "report", run, "--trees", "-1")
+    assert "unexpected argument" in fails(capsys, "report", run, "--colour", "red")
+    assert "at most 8" in fails(capsys, "report", *[run] * 9)
 
 
 @pytest.mark.parametrize(("name", "text"), [("config.yaml", "a: [1"), ("config.yaml", "3"), ("metrics.jsonl", "{\n1")])
 def test_damaged_files(capsys, tmp_path, name, text):
     run = make_run(tmp_path, steps=2)
     (run / name).write_text(text)
-    assert name in fails(capsys, run)
+    assert name in fails(capsys, "report", run)
     assert not (run / "report.html").exists()
 
 

@@ -8,9 +8,7 @@ from collections import Counter
 from contextlib import suppress
 
 import engines
-import models
 import pytest
-import torch
 
 from advgame.game.tree import Sample
 from advgame.publish.channels import ShmChannel
@@ -106,22 +104,22 @@ async def ask(engine, count):
     return await asyncio.gather(*(engine.generate(engines.request((3, i), i)) for i in range(count)))
 
 
-async def until(condition):
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.001)
+async def held_up(engine, seats):
+    """Nine requests under way on replicas that hold them."""
+    for seat in seats:
+        seat.hold = asyncio.Event()
+    busy = asyncio.create_task(ask(engine, 9))
+    await engines.until(lambda: sum(seat.asked for seat in seats) == 9)
+    return busy
 
 
 def test_requests_go_to_the_least_loaded():
     async def run():
         engine, seats, _, _ = scripted()
-        for seat in seats:
-            seat.hold = asyncio.Event()
-        busy = asyncio.create_task(ask(engine, 9))
-        await until(lambda: sum(seat.asked for seat in seats) == 9)
+        busy = await held_up(engine, seats)
         assert [seat.asked for seat in seats] == [3, 3, 3]
         seats[1].hold.set()
-        await until(lambda: engine._seats[1].load == 0)
+        await engines.until(lambda: engine._seats[1].load == 0)
         more = asyncio.create_task(ask(engine, 3))
         await more
         assert [seat.asked for seat in seats] == [3, 6, 3]
@@ -135,18 +133,15 @@ def test_requests_go_to_the_least_loaded():
 def test_requests_of_a_dead_replica_move_at_once_and_it_comes_back():
     async def run():
         engine, seats, _, counters = scripted()
-        for seat in seats:
-            seat.hold = asyncio.Event()
-        busy = asyncio.create_task(ask(engine, 9))
-        await until(lambda: sum(seat.asked for seat in seats) == 9)
+        busy = await held_up(engine, seats)
         seats[0].die()
         seats[0].hold = None
-        await until(lambda: seats[1].asked + seats[2].asked == 9)
+        await engines.until(lambda: seats[1].asked + seats[2].asked == 9)
         for seat in seats[1:]:
             seat.hold.set()
         assert len(await busy) == 9
         assert counters["defender_moved"] == 3
-        await until(lambda: seats[0].serving and engine._seats[0].up)
+        await engines.until(lambda: seats[0].serving and engine._seats[0].up)
         assert [seat.starts for seat in seats] == [2, 1, 1]
 
     asyncio.run(run())
@@ -163,7 +158,7 @@ def test_a_replica_that_fails_draws_less_and_is_asked_again():
         for seat in seats:
             seat.hold = asyncio.Event()
         busy = asyncio.create_task(ask(engine, 4))
-        await until(lambda: sum(seat.asked for seat in seats) == 5)
+        await engines.until(lambda: sum(seat.asked for seat in seats) == 5)
         assert [seat.asked for seat in seats] == [1 + 1, 3]
         for seat in seats:
             seat.hold.set()
@@ -215,7 +210,7 @@ def test_the_average_moves_once_whoever_fails(broken):
             await engine.publish(version, average.write)
             assert (engine.version, average.moves) == (version, version)
             assert {sample.version for sample in await ask(engine, 9)} == {version}
-        await until(lambda: all(seat.up for seat in engine._seats))
+        await engines.until(lambda: all(seat.up for seat in engine._seats))
         assert {(seat.version, seat.weights) for seat in seats} == {(3, 3)}
 
     asyncio.run(run())
@@ -237,7 +232,7 @@ def test_a_restart_that_a_publish_overtakes_serves_the_new_version():
         await engine.publish(1, average.write)
         assert (seats[1].version, seats[0].version, average.moves) == (1, 0, 1)
         go.set()
-        await until(lambda: engine._seats[0].up)
+        await engines.until(lambda: engine._seats[0].up)
         assert (seats[0].version, seats[0].weights, average.moves) == (1, 1, 1)
 
     asyncio.run(run())
@@ -336,30 +331,9 @@ def test_where_load_costs_nothing_the_weights_are_bounded():
 # with real engines
 
 
-class Weights:
-    """Two models that take turns as the average."""
-
-    def __init__(self):
-        self.models = [models.model(seed=s, hidden=engines.HIDDEN) for s in (0, 1)]
-        self.moves = 0
-
-    @property
-    def now(self):
-        return self.models[self.moves % 2]
-
-    def write(self, served):
-        self.moves += 1
-        self.restore(served)
-
-    def restore(self, served):
-        with torch.no_grad():
-            for name, parameter in self.now.named_parameters():
-                served[name].copy_(parameter)
-
-
 @pytest.fixture(scope="module")
 def weights():
-    return Weights()
+    return engines.Weights()
 
 
 @pytest.fixture(scope="module")
@@ -385,12 +359,7 @@ def pair(runner, tmp_path_factory, weights):
     yield engine
     pids = engine.process_ids
     runner.run(engine.close())
-    assert not any(os.path.exists(f"/proc/{pid}") and "Z" not in state(pid) for pid in pids)
-
-
-def state(pid):
-    with open(f"/proc/{pid}/stat") as file:
-        return file.read().rsplit(")", 1)[1].split()[0]
+    assert not any(engines.running(pid) for pid in pids)
 
 
 def kill(engine, how=signal.SIGKILL):
@@ -398,26 +367,11 @@ def kill(engine, how=signal.SIGKILL):
         os.kill(pid, how)
 
 
-def everybody_up(runner, engine):
-    async def wait():
-        async with asyncio.timeout(120):
-            while not all(seat.up for seat in engine._seats):
-                await asyncio.sleep(0.05)
-
-    runner.run(wait())
-
-
 def assert_all_serve(runner, engine, weights):
-    everybody_up(runner, engine)
+    engines.everybody_up(runner, engine)
     for one in engine.replicas:
-        for sample in engines.play(runner, one, [engines.request(p, i, max_tokens=48) for i, p in enumerate(PROMPTS)]):
-            assert sample.version == engine.version
-            ids = torch.tensor([[*sample.prompt_ids, *sample.token_ids]])
-            with torch.no_grad():
-                logps = weights.now(input_ids=ids).logits[0].log_softmax(-1)
-            rows = torch.arange(len(sample.prompt_ids) - 1, ids.shape[1] - 1)
-            expected = logps[rows, torch.tensor(sample.token_ids)]
-            torch.testing.assert_close(torch.tensor(sample.logprobs), expected, atol=1e-4, rtol=1e-4)
+        assert one.version == engine.version
+        engines.assert_serves(runner, one, weights, PROMPTS)
 
 
 def requests(count, most=200):
@@ -451,7 +405,7 @@ def test_a_replica_killed_in_mid_play_loses_nothing(runner, pair, weights):
 @pytest.mark.timeout(300)
 def test_a_replica_killed_in_a_publish_is_replaced_and_the_other_goes_on(runner, pair, weights):
     """It dies while the average is written into it: the write stands, and the other copies it."""
-    everybody_up(runner, pair)
+    engines.everybody_up(runner, pair)
     moves, restarts = weights.moves, pair.counters["defender_restarts"]
 
     def write(served):
@@ -471,7 +425,7 @@ def test_a_replica_killed_in_a_publish_is_replaced_and_the_other_goes_on(runner,
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_replica_that_hangs_is_taken_out_by_the_breaker(runner, pair, weights):
-    everybody_up(runner, pair)
+    engines.everybody_up(runner, pair)
     settings = pair.replicas[0].settings
     settings.request_timeout_s, before = 4.0, dict(pair.counters)
     kill(pair.replicas[1], signal.SIGSTOP)
@@ -489,7 +443,7 @@ def test_a_replica_that_hangs_is_taken_out_by_the_breaker(runner, pair, weights)
     settings.request_timeout_s = 1800.0
     assert len(answers) == 12
     assert pair.counters["defender_breaker"] - before.get("defender_breaker", 0) == 1
-    everybody_up(runner, pair)
+    engines.everybody_up(runner, pair)
     assert_all_serve(runner, pair, weights)
 
 

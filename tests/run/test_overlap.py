@@ -8,6 +8,7 @@ import time
 import models
 import pytest
 import torch
+from command_line import fails
 from transformers import AutoModelForCausalLM
 
 from advgame import cli
@@ -165,7 +166,7 @@ def test_a_tree_that_fails_while_another_step_learns_ends_the_run(words, monkeyp
 @pytest.mark.parametrize("reference", ["rollout", "recompute"])
 def test_samplers_are_verified_ahead_too(words, tmp_path, monkeypatch, reference):
     """The embedded engine in vLLM's place: what is measured, on which trees, and with which length in the limit."""
-    monkeypatch.setattr(verify, "VllmEngine", TransformersEngine)
+    monkeypatch.setattr(verify, "Served", TransformersEngine)
     monkeypatch.setattr(verify, "limit", lambda session, tokens: lengths.append(tokens) or 0.02)
     lengths = []
     every = ["--rollout.vllm.verify_every", "1", "--learn.reference", reference]
@@ -232,14 +233,6 @@ def test_a_late_trees_bug_is_heard_of(words, monkeypatch):
     with pytest.raises(BaseExceptionGroup) as caught:
         cli.main([*words, "--run.name", "a", *late])
     assert caught.group_contains(ZeroDivisionError)
-
-
-def fails(capsys, *words):
-    capsys.readouterr()
-    assert cli.main([*words]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    return err
 
 
 def test_what_does_not_go_together(capsys, words):

@@ -7,6 +7,7 @@ from pathlib import Path
 import engines
 import models
 import pytest
+from command_line import fails
 
 from advgame import cli
 from advgame.rollout import vllm_start
@@ -178,15 +179,6 @@ def test_both_players_and_the_worlds_judge_on_vllm(tmp_path, monkeypatch):
         assert row["publish/defender/write_ms"] > 0
         assert not any(key.endswith("_given_up") for key in row)
     assert "judge_cached_share" in json.loads((tmp_path / "c" / "summary.json").read_text())
-
-
-def fails(capsys, *words):
-    capsys.readouterr()
-    assert cli.main([*words]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("advgame: ")
-    assert err.count("\n") == 1
-    return err
 
 
 def test_bad_input(capsys, words, monkeypatch, tmp_path):
