@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,21 +21,36 @@ from torch import Tensor
 
 from advgame.errors import InputError
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
 _stores: dict[tuple[str, int], Any] = {}
 
 
 def open_store(host: str, port: int, field: str = "rollout.vllm.rendezvous_port") -> Any:
-    """This process's store at `port` (0: any free one), opened once. InputError: the port is taken or not ours."""
+    """This process's store at `port` (0: any free one), opened once. InputError: the port is taken or not ours.
+
+    At a loopback address it listens there alone; torch's own listens on every interface.
+    """
     if (host, port) not in _stores:
         try:
-            store = dist.TCPStore(host, port, None, True, timedelta(seconds=60), wait_for_workers=False)
-        except (dist.DistError, RuntimeError) as error:
+            free, bound = _bound(host, port)
+            store: Any = dist.TCPStore(host, free, None, True, timedelta(seconds=60), wait_for_workers=False, **bound)
+        except (dist.DistError, RuntimeError, OSError) as error:
             reason = (
                 "is taken" if "address already in use" in str(error).lower() else f"cannot be opened ({_first(error)})"
             )
             raise InputError(f"{field}: port {port} {reason}; give a free one, or 0 to have one chosen") from error
         _stores[host, port] = store
     return _stores[host, port]
+
+
+def _bound(host: str, port: int) -> tuple[int, dict[str, Any]]:
+    """The port, and what a store is told besides of the socket to listen on."""
+    if host not in LOOPBACK:
+        return port, {}
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family) as at:
+        return at.getsockname()[1], {"master_listen_fd": at.detach()}
 
 
 def join(store: Any, name: str, rank: int, size: int, *, device: torch.device, host: str, seconds: float) -> Any:
@@ -44,8 +60,8 @@ def join(store: Any, name: str, rank: int, size: int, *, device: torch.device, h
     if device.type != "cuda":
         gloo: Any = dist.ProcessGroupGloo
         options = gloo._Options()
-        local = host in ("127.0.0.1", "localhost", "::1")
-        options._devices = [gloo.create_device(hostname=host) if local else gloo.create_default_device()]
+        here = host in LOOPBACK
+        options._devices = [gloo.create_device(hostname=host) if here else gloo.create_default_device()]
         options._timeout = limit
         return gloo(prefixed, rank, size, options)
     nccl: Any = dist.ProcessGroupNCCL
