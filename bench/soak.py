@@ -67,10 +67,10 @@ class Found:
 class Soak:
     """One run in `root`, killed about every `every` steps (None: never). `words`: its config and settings."""
 
-    def __init__(self, root: Path, words: list[str], *, every: int | None, children: bool, seed: int):
+    def __init__(self, root: Path, words: list[str], *, every: int | None, children: bool, seed: int, nice: int = 0):
         self.root, self.run, self.every = root, root / "run", every
         self.found = Found()
-        self._words, self._source = words, random.Random(seed)
+        self._words, self._source, self._nice = words, random.Random(seed), nice
         self._kinds = WEIGHTS | ({CHILD: sum(WEIGHTS.values())} if children else {})
         self._word = secrets.token_hex(8)
         self._seen: set[traces.Process] = set()
@@ -133,7 +133,7 @@ class Soak:
         self._born = time.time()
         with self._log.open("wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "advgame.cli", *command],
+                ["nice", "-n", str(self._nice), sys.executable, "-m", "advgame.cli", *command],
                 env=os.environ | own, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
@@ -174,13 +174,13 @@ class Soak:
         def new(prefix: str) -> bool:
             return any(name.startswith(prefix) for name in set(os.listdir(folder)) - known)
 
-        if not self._wait(process, lambda: new(".tmp-")):
+        if not self._wait(process, lambda: new(".tmp-") or new("step-")):
             return False
         began = time.time()
         if how == AFTER:
             if not self._wait(process, lambda: new("step-")):
                 return False
-            self._writing = time.time() - began
+            self._writing = max(0.01, time.time() - began)
         time.sleep(self._source.uniform(0, self._writing if how == WRITE else 0.02))
         return True
 
@@ -240,7 +240,7 @@ def soak(root: Path, settings: dict[str, Any], options: argparse.Namespace) -> d
     words, steps = [str(options.config.resolve()), *words], config.run.steps
     began = time.time()
     children = options.engine == "vllm" or config.run.ahead == 1
-    one = Soak(root, words, every=options.kill_every, children=children, seed=options.seed)
+    one = Soak(root, words, every=options.kill_every, children=children, seed=options.seed, nice=options.nice)
     one.play(lambda text: print(f"  {time.time() - began:6.0f} s  {text}", file=sys.stderr, flush=True))
     seconds, trees = time.time() - began, config.data.harmful + config.data.benign
     wrong = problems(
@@ -257,7 +257,7 @@ def soak(root: Path, settings: dict[str, Any], options: argparse.Namespace) -> d
         began = time.time()
         (root / "whole").mkdir()
         (root / "cache").rename(root / "whole" / "cache")
-        whole = Soak(root / "whole", words, every=None, children=False, seed=0)
+        whole = Soak(root / "whole", words, every=None, children=False, seed=0, nice=options.nice)
         whole.play()
         result |= {"twin_seconds": time.time() - began, "twin_differs": differences(one.run, whole.run)}
     return result
@@ -296,6 +296,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"), help="a setting")
     parser.add_argument("--twin", action="store_true", help="compare with a run that nobody kills (transformers)")
+    parser.add_argument("--nice", type=int, default=0, help="added to the run's own, so that others go first")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the run and its logs there")
     parser.add_argument("--out", action="store_true", help="write bench/results/soak-<engine>-cpu-<date>.json")
     options = parser.parse_args(arguments)

@@ -451,7 +451,7 @@ def test_a_replica_that_hangs_is_taken_out_by_the_breaker(runner, pair, weights)
 @pytest.mark.timeout(300)
 def test_a_slow_engine_is_asked_less_and_named(runner, pair):
     """Stopped for three quarters of the time: as a node that something else keeps busy."""
-    everybody_up(runner, pair)
+    engines.everybody_up(runner, pair)
     pair.take_shares()
     over = asyncio.Event()
 
@@ -482,9 +482,13 @@ def test_a_slow_engine_is_asked_less_and_named(runner, pair):
         return found
 
     found = runner.run(run())
-    told, counters = [], Counter()
+    print(
+        [
+            (round(seconds, 2), [s.requests for s in each], [round(s.slowness, 1) for s in each])
+            for seconds, each in found
+        ]
+    )
     shares = found[-1][1]
     assert shares[1].requests < 0.4 * 48
     assert shares[1].slowness > 1.5 * shares[0].slowness
     assert sum(seconds for seconds, _ in found[-3:]) < 1.2 * sum(seconds for seconds, _ in found[:3])
-    print([(round(seconds, 2), [s.requests for s in each]) for seconds, each in found], told, counters)
