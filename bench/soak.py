@@ -146,7 +146,7 @@ class Soak:
         how = self._source.choices(list(self._kinds), list(self._kinds.values()))[0]
         if how == START and fresh:
             pause = time.time() + self._source.uniform(0, 1.2 * self._starting)
-            return how if self._wait(process, lambda: time.time() > pause) else None
+            return how if self._wait(process, lambda: time.time() > pause or self._played(at)) else None
         target = at + self._source.randint(1, 2 * self.every - 1)
         first = time.time()
         if fresh and self._wait(process, lambda: self._played(at)):
