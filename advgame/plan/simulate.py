@@ -190,7 +190,10 @@ class Simulation:
     def _slower(self, place: int) -> float:
         """How many times longer everything takes there now: each replica at work gets an equal share of a GPU; on a
         machine they and the driver share the cores."""
-        active = sum(bool(r.active) for r in self.on_gpu.get(place, ()))
+        group = self.on_gpu.get(place, ())
+        if self.cores is None and len(group) == 1:
+            return 1.0
+        active = sum(bool(r.active) for r in group)
         if self.cores is None:
             return max(1.0, active)
         return max(1.0, (active + (self.driver_free > self.now)) / self.cores)

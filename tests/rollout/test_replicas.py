@@ -361,7 +361,7 @@ def pair(runner, tmp_path_factory, weights):
     yield engine
     pids = engine.process_ids
     runner.run(engine.close())
-    assert not any(engines.running(pid) for pid in pids)
+    runner.run(engines.until(lambda: not any(engines.running(pid) for pid in pids), 5.0))
 
 
 def kill(engine, how=signal.SIGKILL):
