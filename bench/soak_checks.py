@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -88,6 +89,7 @@ def _drawn(run: Path, steps: int) -> Iterator[str]:
     """TensorBoard shows every step once, whatever was played again."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every resume
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     drawn = [event.step for event in events.Scalars(names.STEP_SECONDS)]
