@@ -33,9 +33,13 @@ def folder() -> Path | None:
         return None
     # held as long as this process, or a fork of it, lives
     fcntl.flock(os.open(made / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600), fcntl.LOCK_EX)
-    owner = os.getpid()
-    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(made, ignore_errors=True))
+    atexit.register(_leave, made, os.getpid())
     return made
+
+
+def _leave(made: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a fork's end is not ours
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def sweep(root: Path) -> None:
