@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-PREFIX, LOCK = "advgame-", ".lock"
+PREFIX, LOCK = "advgame-vllm-", ".held"
 LONGEST = 107 - 37
 """Bytes of a folder's path that leave room for vLLM's names: a socket's path has 107 at most."""
 YOUNG_S = 1.0

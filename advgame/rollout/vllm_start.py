@@ -153,7 +153,7 @@ def environment(settings: VllmSettings, device: str | None, more: Mapping[str, s
     wanted = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
     wanted["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
     if "VLLM_RPC_BASE_PATH" not in os.environ and (sockets := vllm_sockets.folder()) is not None:
-        wanted["VLLM_RPC_BASE_PATH"] = str(sockets)
+        wanted |= {"VLLM_RPC_BASE_PATH": str(sockets), "TMPDIR": str(sockets)}  # its files of rendezvous go there, too
     if device is not None:
         wanted["CUDA_VISIBLE_DEVICES"] = device
     if on_cpu():

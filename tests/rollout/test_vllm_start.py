@@ -109,22 +109,26 @@ def test_sockets_lie_in_a_folder_that_goes(monkeypatch):
     root = Path(tempfile.mkdtemp())  # pytest's own would be too long for sockets
     monkeypatch.setattr(vllm_sockets, "YOUNG_S", -1.0)
     monkeypatch.setattr(vllm_sockets.tempfile, "gettempdir", lambda: str(root))
-    for name in ("advgame-killed", "advgame-alive", "advgame-strange", "other"):
+    for name in ("advgame-vllm-killed", "advgame-vllm-alive", "advgame-vllm-strange", "advgame-tests-cache"):
         (root / name).mkdir()
         (root / name / "socket").touch()
-        if name != "advgame-strange":
-            (root / name / ".lock").touch()
-    held = os.open(root / "advgame-alive" / ".lock", os.O_RDWR)
+        if name != "advgame-vllm-strange":
+            (root / name / ".held").touch()
+    held = os.open(root / "advgame-vllm-alive" / ".held", os.O_RDWR)
     fcntl.flock(held, fcntl.LOCK_EX)
     vllm_sockets.folder.cache_clear()
     try:
         own = vllm_sockets.folder()
         assert own.parent == root
-        assert sorted(p.name for p in root.iterdir() if p != own) == ["advgame-alive", "advgame-strange", "other"]
+        assert sorted(p.name for p in root.iterdir() if p != own) == [
+            "advgame-tests-cache",
+            "advgame-vllm-alive",
+            "advgame-vllm-strange",
+        ]
         vllm_sockets.sweep(root)
         assert own.is_dir()
         with vllm_start.environment(VllmSettings(), None):
-            assert os.environ["VLLM_RPC_BASE_PATH"] == str(own)
+            assert os.environ["VLLM_RPC_BASE_PATH"] == os.environ["TMPDIR"] == str(own)
         deep = root / ("x" * 60)
         deep.mkdir()
         monkeypatch.setattr(vllm_sockets.tempfile, "gettempdir", lambda: str(deep))
