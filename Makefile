@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -lt 4 ] && echo $$n || echo 4)
 SPREAD := -n $(WORKERS) --dist loadgroup
 
-.PHONY: train train3 test test-fast lint docs bench bench-gpu clean
+.PHONY: train train3 test test-fast lint docs bench soak bench-gpu clean
 
 train: $(VENV)/.train
 	$(BIN)/advgame train configs/tiny.yaml
@@ -31,6 +31,10 @@ docs: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench kernels
+
+# A run of 1000 steps that is killed about every 50, and one that is not; half an hour on two cores.
+soak: $(VENV)/.dev
+	$(BIN)/python -m bench soak --twin
 
 # On a machine whose own Python has torch with CUDA and triton: correctness on the card, then every benchmark for one.
 bench-gpu:

@@ -16,7 +16,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-PAGES = ("README.md", "kernels/README.md", "docs/step.md", "docs/vllm.md", "docs/game.md")
+PAGES = ("README.md", "kernels/README.md", "docs/step.md", "docs/vllm.md", "docs/game.md", "docs/cluster.md",
+         "docs/planning.md")  # fmt: skip
 BLOCK = re.compile(r"(<!-- measured: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Result = dict[str, Any]
@@ -167,6 +168,36 @@ def driver(result: Result) -> list[str]:
     return [title, "", *rows(["trees in flight", "ours", "tokenizer", "event loop"], body)]
 
 
+def simulate(result: Result) -> list[str]:
+    """The simulation's step against the measured one of a layout that it was not told of."""
+    made = result["result"]
+    stages = list(made["measured"])
+
+    def row(what: str, layout: str, seconds: dict[str, float]) -> list[str]:
+        seeds, defenders = made["layouts"][layout]
+        cells = [sum(seconds.values()), *(seconds[stage] for stage in stages)]
+        return [what, str(2 * seeds), str(defenders), *(f"{cell:.3f}" for cell in cells)]
+
+    body = [row("measured, fitted to", name, seconds) for name, seconds in made["fitted_to"].items()]
+    *_, other = made["layouts"]
+    body += [row("**simulated**", other, made["predicted"]), row("**measured**", other, made["measured"])]
+    title = f"Simulated over measured: {made['ratio']:.2f} of a step, {made['play_ratio']:.2f} of its play."
+    return [title, "", *rows(["seconds of a step", "trees", "Defenders", "step", *stages], body)]
+
+
+def soak(result: Result) -> list[str]:
+    """What was done to a run, and what was wrong with it."""
+    made = result["result"]
+    body = [[f"killed {how}", str(count)] for how, count in made["kills"].items()]
+    body += [["steps played again", str(made["played_again"])], ["trees recorded", str(made["trees"])]]
+    body += [["wrong in the run's folder", str(len(made["problems"]))], ["left behind", str(len(made["leaks"]))]]
+    if "twin_differs" in made:
+        body.append(
+            ["rows, trees, tensors that differ from those of a run without kills", str(len(made["twin_differs"]))]
+        )
+    return [f"{result['steps']} steps of {result['config']}, {made['starts']} starts.", "", *rows(["", ""], body)]
+
+
 def read(name: str) -> tuple[Path, Result] | None:
     """The last file of a table's benchmark by the date in its name, and what is in it; None if it never ran."""
     found = sorted(RESULTS.glob(TABLES[name][1]), key=lambda path: (path.stem[-10:], path.name))
@@ -248,6 +279,8 @@ TABLES: dict[str, tuple[str, str, Callable[[Result], list[str]]]] = {
     "play-cpu": ("play", "play-3-engines-cpu-*.json", play),
     "loop-cpu": ("loop", "loop-tiny-cpu-*.json", loop),
     "driver-cpu": ("driver", "driver-cpu-*.json", driver),
+    "simulate-cpu": ("simulate", "simulate-cpu-*.json", simulate),
+    "soak-cpu": ("soak", "soak-transformers-cpu-*.json", soak),
 }
 """Name of a table: benchmark, its files, what is made of one."""
 

@@ -165,7 +165,9 @@ def raw_tokenizer(folder: Path, field: str) -> PreTrainedTokenizerBase:
             raise
     from transformers import AutoTokenizer
 
-    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError  # of a weights-only load that meets something else
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +23,7 @@ def load_model(
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=remote_code, local_files_only=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise InputError(f"{field}: no weights load from {folder}: {first_line(error)}") from error
     sampling = model.generation_config
     if sampling is not None and not sampling.do_sample and (sampling.temperature or sampling.top_p or sampling.top_k):

@@ -19,5 +19,10 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ahead", type=int, choices=(0, 1), default=1, help="play the next batch while training (1)")
     parser.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE", help="replace an assumption")
     parser.add_argument("--simulate", action="store_true", help="scale the split and the batch up, show what limits")
+    parser.add_argument(
+        "--like", type=Path, action="append", default=[], metavar="RUN",
+        help="simulate the config on the machine of this measured run, with its lengths and times (again: more runs)",
+    )  # fmt: skip
+    parser.add_argument("--cores", type=int, metavar="N", help="with --like: cores of that machine (default: recorded)")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn lengths (default 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")

@@ -15,6 +15,7 @@ from advgame.config import Config, load_config
 from advgame.errors import InputError
 from advgame.plan.assumptions import HARDWARE, Assumption, Assumptions, Hardware, calibrate, override
 from advgame.plan.layouts import Cast, Estimate, Layout, best, estimate
+from advgame.plan.like_command import run_like
 from advgame.plan.shapes import shape_of
 from advgame.plan.workload import Workload
 
@@ -24,6 +25,8 @@ SCALES = (16, 64, 256, 1024, 4096)
 
 def run_plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Prints assumptions, the best splits, and (with --simulate) the scaling. Raises InputError for bad input."""
+    if arguments.like:
+        return run_like(arguments, overrides)
     if arguments.gpus < 1:
         raise InputError("--gpus: give 1 or more")
     config = load_config(arguments.config, overrides)

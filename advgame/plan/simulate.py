@@ -2,7 +2,8 @@
 
 All completions of a replica advance together, a token each decode step, and the step's time depends on how many
 there are. A replica therefore keeps one clock in tokens; a completion ends when that clock passes its mark. A prefill
-stops the clock of its replica for its own time. Every request passes the driver first, one at a time.
+stops the clock of its replica for its own time. Every request passes the driver first, one at a time. What shares a
+GPU, or a machine of so many `cores` with the driver, takes turns.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import heapq
 import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from advgame.plan.workload import Branch, Request, TreeDraw
@@ -50,40 +51,46 @@ class Replica:
     def load(self) -> int:
         return len(self.active) + len(self.waiting)
 
-    def token_seconds(self, sharers: int) -> float:
-        return self.cost.step(len(self.active), self.context / max(1, len(self.active))) * sharers
+    def token_seconds(self, slower: float) -> float:
+        return self.cost.step(len(self.active), self.context / max(1, len(self.active))) * slower
 
-    def advance(self, now: float, sharers: int) -> None:
+    def advance(self, now: float, slower: float) -> None:
         if self.active:
             moving = now - max(self.last, min(now, self.stalled_until))
-            self.clock += moving / self.token_seconds(sharers)
+            self.clock += moving / self.token_seconds(slower)
             self.busy += now - self.last
         self.last = now
 
 
 @dataclass(frozen=True)
 class PlayResult:
-    """One batch of trees: its seconds, and by role the busy share of its replicas and the tokens they made."""
+    """One batch of trees: its seconds, and by role the busy share of its replicas, the tokens they made and the
+    seconds of all requests, waits for the driver included."""
 
     seconds: float
     busy: dict[str, float]
     tokens: dict[str, int]
     requests: int
     driver: float  # busy share of the driver
+    waited: dict[str, float] = field(default_factory=dict)
 
 
 class Simulation:
-    """Plays trees on replicas. `driver` is the seconds that the driver spends on one request."""
+    """Plays trees on replicas. `driver` is the seconds that the driver spends on one request. `cores`: of the machine
+    on which everything runs, a core for each replica at work and one for the driver; None: replicas share what their
+    `gpu` says, and the driver nothing. Roles may name the same replicas."""
 
-    def __init__(self, replicas: Mapping[str, Sequence[Replica]], driver: float):
-        self.replicas, self.driver = replicas, driver
+    def __init__(self, replicas: Mapping[str, Sequence[Replica]], driver: float, cores: int | None = None):
+        self.replicas, self.driver, self.cores = replicas, driver, cores
         self.events: list[tuple[float, int, Replica | None, int, Callable[[], None] | None]] = []
         self.count = itertools.count()
         self.now = self.driver_free = self.driver_busy = 0.0
         self.requests = 0
         self.on_gpu: dict[int, list[Replica]] = {}
-        for replica in itertools.chain.from_iterable(replicas.values()):
-            self.on_gpu.setdefault(replica.gpu, []).append(replica)
+        self.waited = dict.fromkeys(replicas, 0.0)
+        for replica in dict.fromkeys(itertools.chain.from_iterable(replicas.values())):
+            self.on_gpu.setdefault(0 if cores else replica.gpu, []).append(replica)
+        self.slower = dict.fromkeys(self.on_gpu, 1.0)
 
     def play(self, trees: Sequence[TreeDraw]) -> PlayResult:
         for tree in trees:
@@ -99,7 +106,9 @@ class Simulation:
             for role, rs in self.replicas.items()
         }
         tokens = {role: sum(r.tokens for r in rs) for role, rs in self.replicas.items()}
-        return PlayResult(self.now, busy, tokens, self.requests, self.driver_busy / self.now if self.now else 0.0)
+        return PlayResult(
+            self.now, busy, tokens, self.requests, self.driver_busy / self.now if self.now else 0.0, self.waited
+        )
 
     def _tree(self, tree: TreeDraw) -> Process:
         yield [partial(self._run, self._branch(branch)) for branch in tree.branches]
@@ -133,10 +142,15 @@ class Simulation:
 
     def _send(self, request: Request, done: Callable[[], None]) -> None:
         self.requests += 1
-        start = max(self.now, self.driver_free)
-        self.driver_free = start + self.driver
-        self.driver_busy += self.driver
-        self._at(self.driver_free, lambda: self._arrive(request, done))
+        sent, start = self.now, max(self.now, self.driver_free)
+        self.driver_free = start + self.driver * (self._slower(0) if self.cores else 1.0)
+        self.driver_busy += self.driver_free - start
+
+        def ended() -> None:
+            self.waited[request.role] += self.now - sent
+            done()
+
+        self._at(self.driver_free, lambda: self._arrive(request, ended))
 
     def _at(self, when: float, call: Callable[[], None]) -> None:
         heapq.heappush(self.events, (when, next(self.count), None, 0, call))
@@ -149,8 +163,8 @@ class Simulation:
     def _admit(self, replica: Replica) -> None:
         while replica.waiting and len(replica.active) < replica.cost.most:
             request, done = replica.waiting.popleft()
-            sharers = self._sharers(replica)
-            prefill = replica.cost.prefill(request.prompt - request.cached, request.prompt / 2) * sharers
+            slower = self._slower(self._place(replica))
+            prefill = replica.cost.prefill(request.prompt - request.cached, request.prompt / 2) * slower
             replica.stalled_until = max(self.now, replica.stalled_until) + prefill
             replica.context += request.prompt + request.tokens / 2
             heapq.heappush(replica.active, (replica.clock + request.tokens, next(self.count), request, done))
@@ -170,18 +184,28 @@ class Simulation:
         for done in ended:
             done()
 
-    def _sharers(self, replica: Replica) -> int:
-        """Replicas at work on the same GPU: each gets an equal share of its time."""
-        return max(1, sum(bool(r.active) for r in self.on_gpu[replica.gpu]))
+    def _place(self, replica: Replica) -> int:
+        return 0 if self.cores else replica.gpu
+
+    def _slower(self, place: int) -> float:
+        """How many times longer everything takes there now: each replica at work gets an equal share of a GPU; on a
+        machine they and the driver share the cores."""
+        group = self.on_gpu.get(place, ())
+        if self.cores is None and len(group) == 1:
+            return 1.0
+        active = sum(bool(r.active) for r in group)
+        if self.cores is None:
+            return max(1.0, active)
+        return max(1.0, (active + (self.driver_free > self.now)) / self.cores)
 
     def _change(self, replica: Replica, change: Callable[[], None]) -> None:
-        """Brings the clocks of a GPU's replicas up to now, changes one of them, and plans their next ends anew."""
-        group = self.on_gpu[replica.gpu]
-        before = self._sharers(replica)
+        """Brings the clocks of a place's replicas up to now, changes one of them, and plans their next ends anew."""
+        place = self._place(replica)
+        group, before = self.on_gpu[place], self.slower[place]
         for one in group:
             one.advance(self.now, before)
         change()
-        after = self._sharers(replica)
+        after = self.slower[place] = self._slower(place)
         for one in group if after != before else [replica]:
             one.generation += 1
             if one.active:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from advgame.errors import InputError
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 T = TypeVar("T")
 
 LOOK_S = 0.05
@@ -33,11 +35,15 @@ _stores: dict[tuple[str, int], Any] = {}
 
 
 def open_store(host: str, port: int, field: str = "rollout.vllm.rendezvous_port") -> Any:
-    """This process's store at `port` (0: any free one), opened once. InputError: the port is taken or not ours."""
+    """This process's store at `port` (0: any free one), opened once. InputError: the port is taken or not ours.
+
+    At a loopback address it listens there alone; torch's own listens on every interface.
+    """
     if (host, port) not in _stores:
         try:
-            store = dist.TCPStore(host, port, None, True, timedelta(seconds=60), wait_for_workers=False)
-        except (dist.DistError, RuntimeError) as error:
+            free, bound = _bound(host, port)
+            store: Any = dist.TCPStore(host, free, None, True, timedelta(seconds=60), wait_for_workers=False, **bound)
+        except (dist.DistError, RuntimeError, OSError) as error:
             reason = (
                 "is taken" if "address already in use" in str(error).lower() else f"cannot be opened ({_first(error)})"
             )
@@ -56,6 +62,15 @@ def await_key(store: Any, key: str, seconds: float) -> None:
     store.wait([key], timedelta(seconds=seconds))
 
 
+def _bound(host: str, port: int) -> tuple[int, dict[str, Any]]:
+    """The port, and what a store is told besides of the socket to listen on."""
+    if host not in LOOPBACK:
+        return port, {}
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family) as at:
+        return at.getsockname()[1], {"master_listen_fd": at.detach()}
+
+
 def join(store: Any, name: str, rank: int, size: int, *, device: torch.device, host: str, seconds: float) -> Any:
     """The group `name`, once all `size` members have come; rank 0 is who sends. RuntimeError after `seconds`."""
     prefixed = dist.PrefixStore(name, store)
@@ -63,8 +78,8 @@ def join(store: Any, name: str, rank: int, size: int, *, device: torch.device, h
     if device.type != "cuda":
         gloo: Any = dist.ProcessGroupGloo
         options = gloo._Options()
-        local = host in ("127.0.0.1", "localhost", "::1")
-        options._devices = [gloo.create_device(hostname=host) if local else gloo.create_default_device()]
+        here = host in LOOPBACK
+        options._devices = [gloo.create_device(hostname=host) if here else gloo.create_default_device()]
         options._timeout = limit
         return gloo(prefixed, rank, size, options)
     nccl: Any = dist.ProcessGroupNCCL

@@ -148,10 +148,10 @@ def _share(files: list[Path], most_trees: int, most_characters: int, warnings: l
 
 
 def _settings(folder: RunFolder) -> tuple[dict[str, Any], str]:
-    text = folder.config.read_text(encoding="utf-8")
     try:
+        text = folder.config.read_text(encoding="utf-8")
         settings = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{folder.config}: not YAML ({error}); restore the run's resolved settings") from error
     if not isinstance(settings, dict):
         raise InputError(f"{folder.config}: must be a mapping of settings")
@@ -193,7 +193,10 @@ def _summary(folder: RunFolder) -> list[tuple[str, float | None, float | None]]:
     """(label, before, after) of `summary.json`; nothing for a run that has not ended."""
     if not folder.summary.is_file():
         return []
-    values = json.loads(folder.summary.read_text(encoding="utf-8"))
+    try:
+        values = dict(json.loads(folder.summary.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{folder.summary}: not JSON ({error}); remove it, or restore it") from error
     table = [(label, values.get(f"{name}_before"), values.get(f"{name}_after")) for name, label in names.LABELS.items()]
     return [row for row in table if row[1:] != (None, None)]
 

@@ -79,13 +79,13 @@ def load_tokenizer(folder: Path, field: str, *, remote_code: bool = False) -> Pr
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
     except (ValueError, OSError) as error:
-        raise InputError(f"{field}: {folder}/config.json does not load: {first_line(error)}") from error
+        raise InputError(f"{field}: {folder}/config.json does not load: {_why(error)}") from error
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise InputError(f"{field}: {folder} has no tokenizer; save one there with tokenizer.save_pretrained")
     try:
         tokenizer = _tokenizer_class(folder).from_pretrained(folder, trust_remote_code=remote_code)
     except (ValueError, OSError, KeyError, TypeError) as error:
-        raise InputError(f"{field}: the tokenizer in {folder} does not load: {first_line(error)}") from error
+        raise InputError(f"{field}: the tokenizer in {folder} does not load: {_why(error)}") from error
     if not tokenizer.chat_template:
         raise InputError(f"{field}: the tokenizer in {folder} has no chat template; add chat_template.jinja")
     if tokenizer.eos_token_id is None:
@@ -125,6 +125,12 @@ def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...
         extra = GenerationConfig.from_pretrained(folder).eos_token_id
         ids += [extra] if isinstance(extra, int) else list(extra or [])
     return tuple(dict.fromkeys(ids))
+
+
+def _why(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it brings Python code of its own; set trust_remote_code to run that, if you have read it"
+    return first_line(error)
 
 
 def first_line(error: Exception) -> str:

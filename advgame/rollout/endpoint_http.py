@@ -24,6 +24,9 @@ LONGEST_WAIT_S = 60.0
 LONGEST_ANSWER = 64 * 2**20
 """Bytes of the longest body that is read; a completion is far below it."""
 
+LONGEST_SAID = 4096
+"""Bytes of an error's body that are looked at."""
+
 
 class EndpointUnavailable(EngineError):
     """The server did not answer usefully within all retries."""
@@ -90,6 +93,7 @@ class JsonClient:
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
+        self._key = api_key
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix=f"{name}-http")
         self._room = asyncio.Semaphore(concurrency)
         self._pace = Pace(per_minute)
@@ -130,7 +134,10 @@ class JsonClient:
             raise _Retry(f"{type(error).__name__}: {error}") from None
         if status != 200:
             self.counters[f"{self._name}_http_{status}"] += 1
-            said = " ".join(raw[:300].decode("utf-8", "replace").split())
+            said = " ".join(raw[:LONGEST_SAID].decode("utf-8", "replace").split())
+            if self._key is not None:  # some servers repeat the key that they refuse
+                said = said.replace(self._key, "***")
+            said = said[:300]
             if status == 429 or status >= 500:
                 raise _Retry(f"status {status}: {said}", after)
             raise EndpointRefused(f"{self._name}: {self.host} refuses with status {status}: {said}", status)

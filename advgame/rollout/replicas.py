@@ -1,8 +1,9 @@
-"""Several engines of one model behind the engine protocol: requests go to the least loaded, the dead are replaced."""
+"""Several engines of one model behind the engine protocol: the slow get fewer requests, the dead are replaced."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -12,20 +13,23 @@ from advgame.game.tree import Sample
 from advgame.rollout.channel import PublishTimes, Write
 from advgame.rollout.engine import EngineDied, EngineUnwell, Request
 from advgame.rollout.first_token import FirstToken
+from advgame.rollout.slowness import Slowness
 from advgame.rollout.vllm_engine import VllmEngine
 
 
 @dataclass(eq=False)
 class Seat:
     """One replica. up: it gets requests; load: how many it has; strikes: failures in a row; life: starts so far (a
-    late report of an earlier life's death is no news); lost: why it is never started again."""
+    late report of an earlier life's death is no news); lost: why it is never started again; made: completions."""
 
     engine: VllmEngine
+    number: int = 0
     up: bool = True
     load: int = 0
     strikes: int = 0
     life: int = 0
     lost: str = ""
+    made: int = 0
     reviving: asyncio.Task[None] | None = None
 
     @property
@@ -34,10 +38,19 @@ class Seat:
         return (self.load + 1) << min(self.strikes, 30)
 
 
+@dataclass(frozen=True)
+class Share:
+    """One replica's completions in some time, and how many times as slow it is as the fastest, about."""
+
+    requests: int
+    slowness: float
+
+
 class ReplicaEngine:
     """N VllmEngines of the same model, which share counters.
 
-    A request whose replica dies is asked of another at once (`<name>_moved`). The dead one is restarted beside play and
+    A request goes to the replica with the fewest under way, each counted as often as the replica is slow (`Slowness`).
+    One whose replica dies is asked of another at once (`<name>_moved`). The dead one is restarted beside play and
     serves again when its weights are of the current version. A publish goes to all replicas at once: the first that is
     quiet gets `write`, which moves the trainer's average, the others its `restore`, which copies it. One whose publish
     fails is replaced, and the others go on. Use from one event loop only.
@@ -49,7 +62,8 @@ class ReplicaEngine:
         self.first_token = FirstToken()
         for one in replicas:
             one.first_token = self.first_token
-        self._seats = [Seat(one) for one in replicas]
+        self._seats = [Seat(one, number) for number, one in enumerate(replicas)]
+        self._slowness = Slowness(len(replicas))
         self._version = first.version
         self._publishing, self._starting = asyncio.Lock(), asyncio.Lock()
         self._news = asyncio.Event()
@@ -95,6 +109,7 @@ class ReplicaEngine:
             seat = await self._least_loaded()
             life = seat.life
             seat.load += 1
+            began = time.perf_counter()
             try:
                 sample = await seat.engine.generate(request)
             except EngineDied as error:
@@ -107,9 +122,18 @@ class ReplicaEngine:
                 raise
             finally:
                 seat.load -= 1
-            seat.strikes = 0
+            seat.strikes, seat.made = 0, seat.made + 1
+            if seat.life == life:
+                self._slowness.add(seat.number, time.perf_counter() - began, len(sample.token_ids))
             return sample
         raise died
+
+    def take_shares(self) -> list[Share]:
+        """What each replica has done since the last call."""
+        shares = [Share(seat.made, self._slowness.weight(seat.number)) for seat in self._seats]
+        for seat in self._seats:
+            seat.made = 0
+        return shares
 
     async def publish(self, version: int, write: Write) -> None:
         """Returns when every replica that is up serves `version`. Raises EngineDied when none is left."""
@@ -144,7 +168,7 @@ class ReplicaEngine:
     async def _least_loaded(self) -> Seat:
         while not (ready := self._ready()):
             await self._somebody()
-        return min(ready, key=lambda seat: seat.rank)
+        return min(ready, key=lambda seat: seat.rank * self._slowness.weight(seat.number))
 
     async def _somebody(self) -> None:
         """Returns when a replica is up. Raises EngineDied with the last one's words when none will be."""
@@ -177,6 +201,7 @@ class ReplicaEngine:
             self.counters[f"{self.name}_lost"] += 1
         else:
             seat.up, seat.strikes, seat.life = True, 0, seat.life + 1
+            self._slowness.forget(seat.number)
         self._news.set()
 
 

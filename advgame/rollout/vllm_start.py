@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from advgame.errors import InputError
+from advgame.rollout import vllm_sockets
 from advgame.rollout.settings import VllmSettings
 
 TESTED_MINORS = (24, *range(27, 33))
@@ -151,6 +152,8 @@ def environment(settings: VllmSettings, device: str | None, more: Mapping[str, s
     """
     wanted = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
     wanted["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
+    if "VLLM_RPC_BASE_PATH" not in os.environ and (sockets := vllm_sockets.folder()) is not None:
+        wanted |= {"VLLM_RPC_BASE_PATH": str(sockets), "TMPDIR": str(sockets)}  # its files of rendezvous go there, too
     if device is not None:
         wanted["CUDA_VISIBLE_DEVICES"] = device
     if on_cpu():

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
@@ -34,6 +34,7 @@ from advgame.game.rewards import TreeRewards
 from advgame.game.tree import Tree
 from advgame.learn import lora
 from advgame.learn.settings import LoraSettings
+from advgame.rollout.chat import first_line
 from advgame.run.checkpoint_files import checkpoint_problem, prune_checkpoints, read_state, writing_checkpoint
 from advgame.run.folder import RunFolder
 from advgame.run.optimizer_state import check_optimizer, pack_optimizer, unpack_optimizer
@@ -144,7 +145,10 @@ def load_into(path: Path, players: Mapping[str, PlayerState], *, verify: bool = 
     for name, player in players.items():
         _check_player(path, name, player, saved[name])
     for name, player in players.items():
-        _read_player(path, name, player, saved[name])
+        try:
+            _read_player(path, name, player, saved[name])
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path}, player {name}: cannot be read ({first_line(error)})") from error
     return LoadedState(
         state["step"],
         state["extra"],
@@ -275,7 +279,7 @@ def _copy_model(folder: Path, model: PreTrainedModel, into: Mapping[str, Tensor]
                     missing.pop(own).copy_(stored.get_tensor(key))
     if missing:
         # Families that transformers stores under other names than it trains (fused experts): let it convert.
-        loaded = _tensors(type(model).from_pretrained(folder, dtype=torch.float32))
+        loaded = _tensors(type(model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True))
         for key, tensor in missing.items():
             tensor.copy_(loaded[key])
 

@@ -14,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,11 @@ def prune_checkpoints(checkpoints: Path, newest: int, keep: int) -> list[Path]:
     doomed = [path for step, path in listed if step > newest] + current[:-keep]
     doomed += [path for path in checkpoints.iterdir() if path.name.startswith((".tmp-", ".old-"))]
     for path in doomed:
-        shutil.rmtree(path, ignore_errors=True)
+        hidden = path if path.name.startswith(".") else path.with_name(f".old-{path.name}-{os.getpid()}")
+        if hidden != path:
+            with suppress(OSError):  # under its name a checkpoint is whole or not there, whenever this is cut short
+                path.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
     return doomed
 
 

@@ -24,7 +24,7 @@ from advgame.rollout.engine import EngineError
 from advgame.run import names
 from advgame.run.check import Plan, check
 from advgame.run.checkpoint import load_into
-from advgame.run.checkpoint_files import latest_checkpoint
+from advgame.run.checkpoint_files import latest_checkpoint, prune_checkpoints
 from advgame.run.folder import RunFolder, write_text_atomically
 from advgame.run.live import LiveView, Stage
 from advgame.run.loop import Progress, state_of, train
@@ -85,11 +85,12 @@ def config_of(path: Path, overrides: list[str]) -> Config:
 
 
 def resume(path: Path, overrides: list[str], *, quiet: bool = False) -> Path:
-    """Continues a run from its newest intact checkpoint, with `overrides` to its settings."""
+    """Continues a run from its newest intact checkpoint, with `overrides` to its settings; one that was killed before
+    its first, from the beginning."""
     config = config_of(path, overrides)
     with closing(check(config)) as plan, RunFolder.resume(path) as folder:
         found = latest_checkpoint(folder.checkpoints)
-        if found.path is None:
+        if found.path is None and found.skipped:
             raise InputError(f"{path}: no intact checkpoint to resume from; start the run anew")
         _persist(plan, folder, found.path, quiet=quiet)
         return folder.path
@@ -154,9 +155,11 @@ def _play(
     progress_of_run = Progress()
     if checkpoint is not None:
         progress_of_run = _restore(session, checkpoint)
-        # settings that do not fit the checkpoint have been refused by now, and leave the run as it was
-        if load_config(folder.config) != config:
-            write_text_atomically(folder.config, dump_config(config))
+        # what a kill left beside it; nobody may save again, if all steps are played
+        prune_checkpoints(folder.checkpoints, progress_of_run.step, config.run.keep_checkpoints)
+    # settings that do not fit the checkpoint have been refused by now, and leave the run as it was
+    if folder.attempt > 0 and load_config(folder.config) != config:
+        write_text_atomically(folder.config, dump_config(config))
     if most := max(counter[names.TRAINER_RESTARTS] for counter in (restarts, session.counters)):
         restarts[names.TRAINER_RESTARTS] = session.counters[names.TRAINER_RESTARTS] = most
     asyncio.run(_run(session, folder, progress_of_run, quiet=quiet, watch=watch))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from advgame.rollout.engine import Engine
 from advgame.rollout.meter import Meter
+from advgame.rollout.replicas import ReplicaEngine
 from advgame.run import names
 from advgame.run.energy import JOULES_PER_KWH
+
+SLOW = 2.0
+"""Times as slow as the others, from which on a replica is told of."""
 
 
 class Clock:
@@ -59,6 +65,37 @@ def step_effort(
     if (share := judge_share(values)) is not None:
         values[names.JUDGE_SHARE] = share
     return values
+
+
+class Replicas:
+    """What every replica did, step by step; `note` is told of one that has become slow."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note = note
+        self._slow: set[tuple[str, int]] = set()
+
+    def take(self, engines: Iterable[Engine], counters: Counter[str]) -> dict[str, float]:
+        """Metrics of the step; counts `<name>_slow`, once for each replica that is SLOW times as slow as the others
+        (their median)."""
+        values: dict[str, float] = {}
+        for engine in engines:
+            if not isinstance(engine, ReplicaEngine):
+                continue
+            shares = engine.take_shares()
+            for number, share in enumerate(shares):
+                values[names.replica_requests(engine.name, number)] = share.requests
+                values[names.replica_slowness(engine.name, number)] = share.slowness
+                slower = share.slowness / statistics.median(o.slowness for o in shares if o is not share)
+                if slower > SLOW:
+                    counters[f"{engine.name}_slow"] += 1
+                    if (engine.name, number) not in self._slow:
+                        self._note(
+                            f"{engine.name}: replica {number} is {slower:.1f} x as slow as the others; it gets less"
+                        )
+                    self._slow.add((engine.name, number))
+                else:
+                    self._slow.discard((engine.name, number))
+        return values
 
 
 def judge_share(seconds: Mapping[str, float]) -> float | None:

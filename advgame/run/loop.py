@@ -21,7 +21,7 @@ from advgame.rollout.replicas import Served
 from advgame.rollout.speaker import Speaker
 from advgame.run import names
 from advgame.run.checkpoint import PlayerState, TrainState, save_checkpoint
-from advgame.run.effort import Clock, Totals, step_effort
+from advgame.run.effort import Clock, Replicas, Totals, step_effort
 from advgame.run.energy import EnergyMeter, gpu_roles
 from advgame.run.evaluate import exact, examine_judge, judge_metrics, sampled_success, validate
 from advgame.run.folder import RunFolder
@@ -79,7 +79,7 @@ async def train(
     energy = EnergyMeter(gpu_roles(engine_devices(session), os.environ.get("CUDA_VISIBLE_DEVICES")), run.carbon)
     if energy.note:
         view.to_log(energy.note)
-    counted = Counter(session.counters)
+    counted, replicas = Counter(session.counters), Replicas(view.note)
     # beside play, learning needs a thread of its own; alone it needs none
     learner = ThreadPoolExecutor(1, "learn") if run.ahead or run.carry_over else None
 
@@ -125,6 +125,7 @@ async def train(
 
             progress.step += 1
             values = play_metrics(trees, rewards, version=step, frozen=session.frozen)
+            values |= replicas.take(session.engines, session.counters)
             values |= judged | learned | measured | publish_times(session)
             values |= {f"{names.COUNTER_PREFIX}{k}": float(v) for k, v in session.counters.items() if _is_problem(k)}
             if run.carry_over:
@@ -135,11 +136,11 @@ async def train(
             log(step, values)
             view.update(step, values)
             if run.checkpoint_every and progress.step % run.checkpoint_every == 0:
-                save(session, folder, progress, plays)
+                save(session, folder, progress, plays, trackers)
 
         # after step 0 too: who stops in the first evaluation can resume
         if not run.checkpoint_every or not progress.step or progress.step % run.checkpoint_every:
-            save(session, folder, progress, plays)
+            save(session, folder, progress, plays, trackers)
     finally:
         progress.stopping = stop.asked
         await plays.close()
@@ -271,7 +272,11 @@ def publish_times(session: Session) -> dict[str, float]:
     return values
 
 
-def save(session: Session, folder: RunFolder, progress: Progress, plays: Plays) -> None:
+def save(
+    session: Session, folder: RunFolder, progress: Progress, plays: Plays, trackers: Sequence[Tracker] = ()
+) -> None:
+    for tracker in trackers:
+        tracker.flush()
     progress.owed = plays.owed
     players = {name: state_of(learner, learner.whole()) for name, learner in session.learners.items()}
     trees = [(tree, tree_rewards(tree, session.rewards)) for tree in plays.kept]

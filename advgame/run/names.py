@@ -29,7 +29,10 @@ PROCESS_MEMORY = "energy/process_memory_gib"
 ENERGY_SUMS = ("_joules", "/joules", "/co2e_g", "/process_cpu_s")
 """How the names of those end that add up over steps."""
 
-TIMED = ("seconds/", "publish/", ENERGY_PREFIX, TREES_PER_SECOND, TREES_PER_HOUR, JUDGE_SHARE)
+REPLICA_PREFIX = "replica/"
+"""What each replica of an engine did in a step, and how fast."""
+
+TIMED = ("seconds/", "publish/", REPLICA_PREFIX, ENERGY_PREFIX, TREES_PER_SECOND, TREES_PER_HOUR, JUDGE_SHARE)
 """How the names begin that depend on the clock: equal runs differ in these and in no others."""
 
 ASR = "harmful/asr_judged"
@@ -87,6 +90,16 @@ def engine_seconds(role: str) -> str:
 def request_seconds(role: str) -> str:
     """Seconds of all requests of this role, added up."""
     return f"seconds/requests/{role}"
+
+
+def replica_requests(name: str, replica: int) -> str:
+    """Completions that one replica of an engine made since the step before, evaluation included."""
+    return f"{REPLICA_PREFIX}{name}/{replica}/requests"
+
+
+def replica_slowness(name: str, replica: int) -> str:
+    """How many times as slow as the fastest replica this one is taken for, and by how much less it is asked."""
+    return f"{REPLICA_PREFIX}{name}/{replica}/slowness"
 
 
 def reward(category: str, role: str) -> str:

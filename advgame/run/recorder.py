@@ -78,8 +78,8 @@ class Recorder:
         label = f"attempt{max(self.folder.attempt - 1, 0)}"
         kept: list[str] = []
         moved: list[str] = []
-        for line in self.folder.metrics.read_text(encoding="utf-8").splitlines(keepends=True):
-            (moved if json.loads(line)["step"] >= step else kept).append(line)
+        for line, row in _rows(self.folder.metrics):
+            (moved if row["step"] >= step else kept).append(line)
         if moved:
             # The aside first: a crash between the two leaves rows twice on disk rather than nowhere.
             aside = _free(self.folder.metrics.with_name(f"metrics.{label}.jsonl"))
@@ -144,17 +144,26 @@ def read_trees(path: Path) -> Iterator[RecordedTree]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`, in order; an unfinished last line (a run still writing) is left out."""
-    rows: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    """The rows of a `metrics.jsonl`, in order; an unfinished last line (a run still writing) is left out. Raises
+    InputError naming a line that is none."""
+    return [row for _, row in _rows(path)]
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lines with their rows."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not text ({error})") from error
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            row = json.loads(line)
+            int(row["step"])
+        except (ValueError, TypeError, KeyError) as error:
             if not line.endswith("\n"):
-                break
-            raise InputError(f"{path}, line {number}: not JSON ({error})") from error
-    return rows
+                return
+            raise InputError(f"{path}, line {number}: not JSON, or no row of metrics ({error})") from error
+        yield line, row
 
 
 def _free(path: Path) -> Path:

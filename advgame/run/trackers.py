@@ -15,6 +15,9 @@ class Tracker(Protocol):
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Draws `values` at `step`; values that are not finite are left out (`metrics.jsonl` counts them)."""
 
+    def flush(self) -> None:
+        """Writes what is buffered: a resume begins at a checkpoint, and draws nothing of the steps before it again."""
+
     def close(self) -> None:
         """Writes what is buffered. Call once."""
 
@@ -30,6 +33,9 @@ class TensorBoardTracker:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in _finite(values).items():
             self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
@@ -60,6 +66,9 @@ class WandbTracker:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(_finite(values), step=step)
+
+    def flush(self) -> None:
+        """W&B sends from a process of its own, as it comes."""
 
     def close(self) -> None:
         self._run.finish()

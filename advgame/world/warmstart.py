@@ -29,6 +29,9 @@ from advgame.world.training import PlayerRole
 FORMAT = 2
 """Raised when players must be made anew although neither settings nor those sources changed."""
 
+MAKING = ".making-"
+"""How the names of folders begin that hold unfinished players."""
+
 Progress = Callable[[str, int, int, float], None]
 """Called as (role, step, steps, loss) in the calling thread."""
 
@@ -81,22 +84,27 @@ def ensure_players(
             raise InputError(
                 f"{cache}: cannot hold players ({error.strerror}); set ADVGAME_CACHE to a folder"
             ) from error
-        with _one_at_a_time(cache), tempfile.TemporaryDirectory(prefix=".making-", dir=cache) as work:
-            # another process may have made them while this one waited
-            missing = [role for role in missing if not (folders[role] / "config.json").is_file()]
-            _train_all(settings, missing, Path(work), progress)
-            for role in missing:
-                _move_in(Path(work) / role, folders[role])
+        with _one_at_a_time(cache) as alone:
+            for left in cache.glob(f"{MAKING}*") if alone else ():
+                shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
+            with tempfile.TemporaryDirectory(prefix=MAKING, dir=cache) as work:
+                # another process may have made them while this one waited
+                missing = [role for role in missing if not (folders[role] / "config.json").is_file()]
+                _train_all(settings, missing, Path(work), progress)
+                for role in missing:
+                    _move_in(Path(work) / role, folders[role])
     return folders
 
 
 @contextmanager
-def _one_at_a_time(cache: Path) -> Iterator[None]:
-    """Processes that need players at the same moment make them once, not each."""
+def _one_at_a_time(cache: Path) -> Iterator[bool]:
+    """Processes that need players at the same moment make them once, not each. Gives whether nobody else makes any."""
     with (cache / ".lock").open("w") as file:
+        alone = False
         with suppress(OSError):  # a file system without locks: they are made twice, and the first one stays
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            alone = True
+        yield alone
 
 
 def _move_in(made: Path, folder: Path) -> None:

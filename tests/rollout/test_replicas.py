@@ -16,7 +16,9 @@ from advgame.publish.plan import sources_of
 from advgame.rollout.channel import PublishFailed, PublishTimes
 from advgame.rollout.engine import EngineDied, EngineUnwell
 from advgame.rollout.replicas import ReplicaEngine
+from advgame.rollout.slowness import Slowness
 from advgame.rollout.vllm_process import launch_threaded
+from advgame.run.effort import Replicas
 
 PROMPTS = [(3, 9, 10), (3, 9, 10, 11, 12, 13), (3, 14)]
 
@@ -252,6 +254,82 @@ def test_an_error_of_the_trainer_comes_through_and_nobody_repeats_it():
     asyncio.run(run())
 
 
+def paced(seconds):
+    """Replicas that answer one request after another, each in its own time."""
+    engine, seats, _, counters = scripted(len(seconds))
+    for seat, each in zip(seats, seconds, strict=True):
+        seat.turn, seat.each, seat.generate = asyncio.Lock(), each, lambda r, seat=seat: in_turn(seat, r)
+    return engine, seats, counters
+
+
+async def in_turn(seat, request):
+    async with seat.turn:
+        await asyncio.sleep(seat.each)
+        return Sample(request.prompt_ids, (0,) * 4, (0.0,) * 4, "stop", seat.version)
+
+
+async def rounds(engine, count, requests):
+    """Seconds and the replicas' shares of rounds, each of so many requests at once, as a step plays."""
+    found = []
+    for _ in range(count):
+        began = time.perf_counter()
+        await ask(engine, requests)
+        found.append((time.perf_counter() - began, engine.take_shares()))
+    return found
+
+
+def test_a_slow_replica_gets_as_much_less_as_it_is_slower():
+    """One of three answers in eight times the others' time: a round is soon bounded by all of them, not by that one."""
+
+    async def run():
+        engine, seats, counters = paced([0.002, 0.016, 0.002])
+        await engine.start()
+        played = await rounds(engine, 14, 60)
+        note = []
+        told = Replicas(note.append)
+        seconds, shares = played[-1]
+        assert [share.requests for share in played[0][1]] == [20, 20, 20]
+        assert shares[1].requests <= 12  # of 60; by its speed it would be 3.5
+        assert seconds < 0.65 * played[0][0]
+        assert shares[1].slowness > 2 > 1.5 > max(shares[0].slowness, shares[2].slowness)
+        # and it is told of, once
+        values = told.take([engine], counters) | told.take([engine], counters)
+        assert (counters["defender_slow"], len(note)) == (2, 1)
+        assert "defender: replica 1 is" in note[0]
+        assert values["replica/defender/1/slowness"] > 2
+        # it recovers
+        seats[1].each = 0.002
+        shares = (await rounds(engine, 20, 60))[-1][1]
+        assert shares[1].requests >= 12
+        told.take([engine], counters)
+        assert counters["defender_slow"] == 2
+
+    asyncio.run(run())
+
+
+def test_equal_replicas_share_alike():
+    async def run():
+        engine, _, counters = paced([0.002] * 3)
+        await engine.start()
+        for _, shares in await rounds(engine, 6, 60):
+            assert all(14 <= share.requests <= 26 for share in shares), shares
+        Replicas(lambda text: pytest.fail(text)).take([engine], counters)
+
+    asyncio.run(run())
+
+
+def test_where_load_costs_nothing_the_weights_are_bounded():
+    """Engines that batch without end: the slow one is left out but for a few, and is still measured."""
+    slowness = Slowness(2)
+    for _ in range(500):
+        slowness.add(0, 1.0, 100)
+        slowness.add(1, 8.0, 100)
+    assert slowness.weight(0) == 1
+    assert 8 < slowness.weight(1) <= 33
+    slowness.forget(1)
+    assert slowness.weight(1) == 1
+
+
 # with real engines
 
 
@@ -283,7 +361,7 @@ def pair(runner, tmp_path_factory, weights):
     yield engine
     pids = engine.process_ids
     runner.run(engine.close())
-    assert not any(engines.running(pid) for pid in pids)
+    runner.run(engines.until(lambda: not any(engines.running(pid) for pid in pids), 5.0))
 
 
 def kill(engine, how=signal.SIGKILL):
@@ -369,3 +447,45 @@ def test_a_replica_that_hangs_is_taken_out_by_the_breaker(runner, pair, weights)
     assert pair.counters["defender_breaker"] - before.get("defender_breaker", 0) == 1
     engines.everybody_up(runner, pair)
     assert_all_serve(runner, pair, weights)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_slow_engine_is_asked_less_and_named(runner, pair):
+    """Stopped for three quarters of the time: as a node that something else keeps busy."""
+    engines.everybody_up(runner, pair)
+    pair.take_shares()
+    over = asyncio.Event()
+
+    async def pulses():
+        pids = pair.replicas[1].process_ids
+        try:
+            while not over.is_set():
+                for pid in pids:
+                    os.kill(pid, signal.SIGSTOP)
+                await asyncio.sleep(0.12)
+                for pid in pids:
+                    os.kill(pid, signal.SIGCONT)
+                await asyncio.sleep(0.04)
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+
+    async def run():
+        slow, found = asyncio.create_task(pulses()), []
+        try:
+            for _ in range(8):
+                began = time.perf_counter()
+                await asyncio.gather(*(pair.generate(r) for r in requests(48, most=60)))
+                found.append((time.perf_counter() - began, pair.take_shares()))
+        finally:
+            over.set()
+            await slow
+        return found
+
+    found = runner.run(run())
+    shares = found[-1][1]
+    assert shares[1].requests < 0.4 * 48
+    assert shares[1].slowness > 1.5 * shares[0].slowness
+    # nobody waits for it any more; the clock of a busy machine tells no more than that
+    assert sum(seconds for seconds, _ in found[-3:]) < 2 * sum(seconds for seconds, _ in found[:3])

@@ -94,3 +94,48 @@ def test_the_environment_is_put_back(monkeypatch):
         assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
     assert os.environ["OMP_NUM_THREADS"] == "5"
     assert not {"VLLM_NO_USAGE_STATS", "ADVGAME_PUBLISH"} & os.environ.keys()
+
+
+def test_sockets_lie_in_a_folder_that_goes(monkeypatch):
+    """Those of a process that was killed go with the next one; of one that lives nobody touches them."""
+    import fcntl
+    import os
+    import shutil
+    import tempfile
+    from pathlib import Path
+
+    from advgame.rollout import vllm_sockets
+
+    root = Path(tempfile.mkdtemp())  # pytest's own would be too long for sockets
+    monkeypatch.setattr(vllm_sockets, "YOUNG_S", -1.0)
+    monkeypatch.setattr(vllm_sockets.tempfile, "gettempdir", lambda: str(root))
+    for name in ("advgame-vllm-killed", "advgame-vllm-alive", "advgame-vllm-strange", "advgame-tests-cache"):
+        (root / name).mkdir()
+        (root / name / "socket").touch()
+        if name != "advgame-vllm-strange":
+            (root / name / ".held").touch()
+    held = os.open(root / "advgame-vllm-alive" / ".held", os.O_RDWR)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    vllm_sockets.folder.cache_clear()
+    try:
+        own = vllm_sockets.folder()
+        assert own.parent == root
+        assert sorted(p.name for p in root.iterdir() if p != own) == [
+            "advgame-tests-cache",
+            "advgame-vllm-alive",
+            "advgame-vllm-strange",
+        ]
+        vllm_sockets.sweep(root)
+        assert own.is_dir()
+        with vllm_start.environment(VllmSettings(), None):
+            assert os.environ["VLLM_RPC_BASE_PATH"] == os.environ["TMPDIR"] == str(own)
+        deep = root / ("x" * 60)
+        deep.mkdir()
+        monkeypatch.setattr(vllm_sockets.tempfile, "gettempdir", lambda: str(deep))
+        vllm_sockets.folder.cache_clear()
+        assert vllm_sockets.folder() is None
+        assert list(deep.iterdir()) == []
+    finally:
+        os.close(held)
+        shutil.rmtree(root)
+        vllm_sockets.folder.cache_clear()

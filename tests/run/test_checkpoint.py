@@ -23,7 +23,13 @@ from transformers import (
 from advgame.errors import InputError
 from advgame.run import checkpoint as subject
 from advgame.run.checkpoint import PlayerState, TrainState, load_into, save_checkpoint
-from advgame.run.checkpoint_files import CheckpointError, latest_checkpoint, list_checkpoints
+from advgame.run.checkpoint_files import (
+    CheckpointError,
+    checkpoint_problem,
+    latest_checkpoint,
+    list_checkpoints,
+    prune_checkpoints,
+)
 from advgame.run.folder import RunFolder
 from advgame.run.optimizer_state import unpack_optimizer
 
@@ -345,6 +351,27 @@ def test_retention_keeps_the_newest_and_sweeps_what_kills_left(folder):
     assert [p.name for p in sorted(folder.checkpoints.iterdir())] == ["step-000100", "step-000150"]
     with pytest.raises(InputError, match="at least 1"):
         save(folder, player, keep=0)
+
+
+def test_a_kill_in_the_middle_of_deleting_leaves_no_half_checkpoint(folder, monkeypatch):
+    player = player_of()
+    for step in (50, 100):
+        save(folder, player, step=step, keep=2)
+    real = shutil.rmtree
+
+    def killed(path, **kwargs):
+        if Path(path).exists():
+            next(Path(path).glob("*.safetensors")).unlink()
+            raise SystemExit
+        real(path, **kwargs)
+
+    monkeypatch.setattr("advgame.run.checkpoint_files.shutil.rmtree", killed)
+    with pytest.raises(SystemExit):
+        save(folder, player, step=150, keep=1)
+    monkeypatch.undo()
+    assert all(checkpoint_problem(path) is None for _, path in list_checkpoints(folder.checkpoints))
+    prune_checkpoints(folder.checkpoints, 150, keep=1)
+    assert [p.name for p in folder.checkpoints.iterdir()] == ["step-000150"]
 
 
 def test_resuming_earlier_abandons_the_later_branch(folder):

@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,19 @@ def test_resuming_continues_bit_for_bit(words, tmp_path):
     # no recorded tree is lost: what was played again stands beside
     assert (run / "trees" / "000011.jsonl.gz").exists()
     assert list((run / "trees").glob("000011.attempt0*.jsonl.gz"))
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(words, tmp_path):
+    train(words, "--run.name", "a", "--run.steps", "2")
+    run = tmp_path / "a"
+    before = metrics(run)
+    shutil.rmtree(run / "checkpoints" / "step-000002")
+    assert cli.main(["resume", str(run), "--quiet"]) == 0
+    assert metrics(run) == before
+    assert list((run / "trees").glob("000000.attempt0*.jsonl.gz"))
+    # where there was one, and it is damaged, nobody plays on as if there had been none
+    (run / "checkpoints" / "step-000002" / "state.json").unlink()
+    assert cli.main(["resume", str(run), "--quiet"]) == 2
 
 
 def test_ctrl_c_saves_and_leaves_cleanly(words, tmp_path):

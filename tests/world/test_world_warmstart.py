@@ -32,6 +32,7 @@ def made(tmp_path_factory):
     seen = []
     world = open_world(FEW, cache, lambda *report: seen.append(report))
     assert list(cache.iterdir()) == []
+    (cache / ".making-before").mkdir()  # of a process that was killed
     return world, world.attacker_path, world.defender_path, cache, seen
 
 
