@@ -47,10 +47,10 @@ def run_resume(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Continues a run; prints its folder."""
     from advgame.run.commands import config_of, resume
 
-    overrides = placed(arguments, overrides)
-    with _ranks(config_of(arguments.run, overrides)) as leads:
+    config = config_of(arguments.run, placed(arguments, overrides))
+    with _ranks(config) as leads:
         if leads:
-            print(resume(arguments.run, overrides, quiet=arguments.quiet))
+            print(resume(arguments.run, config, quiet=arguments.quiet))
     return 0
 
 

@@ -22,6 +22,8 @@ from advgame.lab.results import MEASURES, Finding, Row, judge_claims, rows_of
 from advgame.lab.variants import SWEEPS, VARIANTS, Variant
 from advgame.run.folder import write_text_atomically
 
+WIDTH = 140
+"""Columns of what is printed into a file; rich would take 80, and cut every name."""
 CONFIGS = {"easy": "tiny.yaml", "hard": "tiny-hard.yaml"}
 SHOWN = ("harm", "bound", "refusal", "heldout", "asr", "gap", "compliance", "gibberish", "swing", "processor")
 
@@ -30,6 +32,8 @@ def run_lab(arguments: argparse.Namespace) -> int:
     """0 when every run has ended well, 1 when some failed (they are named). Raises InputError for bad input."""
     jobs = plan_jobs(arguments)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
     failed: list[Job] = []
     if not arguments.table_only:
         warm_up(jobs, console)
@@ -160,7 +164,7 @@ def _cells(row: Row) -> list[str]:
 
 def _console_table(rows: Sequence[Row], world: str) -> Table:
     table = Table(title=f"{world} world", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("variant")
+    table.add_column("variant", no_wrap=True)
     for measure in SHOWN:
         table.add_column(measure, justify="right")
     for row in rows:

@@ -84,10 +84,9 @@ def config_of(path: Path, overrides: list[str]) -> Config:
     return load_config(path / "config.yaml", overrides)
 
 
-def resume(path: Path, overrides: list[str], *, quiet: bool = False) -> Path:
-    """Continues a run from its newest intact checkpoint, with `overrides` to its settings; one that was killed before
-    its first, from the beginning."""
-    config = config_of(path, overrides)
+def resume(path: Path, config: Config, *, quiet: bool = False) -> Path:
+    """Continues a run from its newest intact checkpoint, with settings that `config_of` gave; one that was killed
+    before its first, from the beginning."""
     with closing(check(config)) as plan, RunFolder.resume(path) as folder:
         found = latest_checkpoint(folder.checkpoints)
         if found.path is None and found.skipped:
