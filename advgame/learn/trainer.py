@@ -36,12 +36,14 @@ class SamplerGap:
 @dataclass
 class Whole:
     """A player's training state, unsharded, as a checkpoint holds it: model with fp32 master weights, averages by name,
-    optimizer. previous may be replaced; whatever has been changed counts once `Trainer.take` has it."""
+    optimizer. previous may be replaced; whatever has been changed counts once `Trainer.take` has it. own: a copy, which
+    learning does not change."""
 
     model: PreTrainedModel
     shadow: dict[str, Tensor]
     previous: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
+    own: bool = False
 
 
 class Trainer(ABC):

@@ -147,7 +147,7 @@ class DeepSpeedLearner(Trainer):
             {name: tensor.cpu().clone() for name, tensor in self._gathered(what)} if there else {}
             for what, there in (("shadow", self.averaged), ("previous", self._previous))
         )
-        return Whole(model, shadow, previous, optimizer)
+        return Whole(model, shadow, previous, optimizer, own=True)
 
     @torch.no_grad()
     def take(self, whole: Whole) -> None:

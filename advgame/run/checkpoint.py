@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,18 +30,17 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from advgame.errors import InputError
-from advgame.game.rewards import TreeRewards
 from advgame.game.tree import Tree
 from advgame.learn import lora
-from advgame.learn.settings import LoraSettings
 from advgame.rollout.chat import first_line
 from advgame.run.checkpoint_files import checkpoint_problem, prune_checkpoints, read_state, writing_checkpoint
 from advgame.run.folder import RunFolder
-from advgame.run.optimizer_state import check_optimizer, pack_optimizer, unpack_optimizer
+from advgame.run.optimizer_state import Packed, check_optimizer, pack_optimizer, unpack_optimizer
 from advgame.run.recorder import read_trees, write_trees
+from advgame.run.train_state import PlayerState, TrainState, parameters_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 _FORMAT = 1
 
@@ -58,37 +57,6 @@ _CONFIG_KEYS = (
     "tie_word_embeddings",
 )
 """Settings of a model that tell architectures apart where tensor shapes alone might agree."""
-
-
-@dataclass(frozen=True)
-class PlayerState:
-    """One player as the learner holds it.
-
-    model: the live player, fp32 master weights. shadow: its fp32 EMA by parameter name, empty when there is
-    none. optimizer: None for a player that does not learn. updates: optimizer updates made so far. previous: the
-    EMA before the last publish, empty unless something refers to it. lora: how its adapters were made.
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    shadow: Mapping[str, Tensor]
-    optimizer: torch.optim.Optimizer | None
-    updates: int
-    previous: Mapping[str, Tensor] = field(default_factory=dict)
-    lora: LoraSettings | None = None
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """All that a resume needs.
-
-    `step` counts finished steps; `extra` is JSON-able (decisions, counters); `trees` were played for later steps.
-    """
-
-    step: int
-    players: Mapping[str, PlayerState]
-    extra: Mapping[str, Any]
-    trees: Sequence[tuple[Tree, TreeRewards]] = ()
 
 
 @dataclass(frozen=True)
@@ -170,7 +138,7 @@ def _other_players(saved: set[str], live: set[str]) -> str:
 
 
 def _write_player(target: Path, name: str, player: PlayerState) -> dict[str, Any]:
-    parameters = _parameters(player.model)
+    parameters = parameters_of(player.model)
     unknown = sorted(set(player.shadow) - set(parameters))
     if unknown:
         raise InputError(f"player {name}: the EMA holds {unknown[0]!r}, which is no parameter of the model")
@@ -178,11 +146,12 @@ def _write_player(target: Path, name: str, player: PlayerState) -> dict[str, Any
     write(target / name, player, None)
     if player.shadow:
         write(target / f"{name}-ema", player, player.shadow)
-    optimizer = None
+    optimizer: Mapping[str, Any] | None = None
     if player.optimizer is not None:
-        tensors, optimizer = pack_optimizer(player.optimizer, parameters)
+        packed = player.packed or Packed(*pack_optimizer(player.optimizer, parameters))
+        optimizer = packed.described
         save_file(
-            {key: _own_storage(tensor.cpu()) for key, tensor in tensors.items()},
+            {key: _own_storage(tensor.cpu()) for key, tensor in packed.tensors.items()},
             target / f"optimizer-{name}.safetensors",
         )
     if player.previous:
@@ -203,8 +172,9 @@ def _write_model(folder: Path, player: PlayerState, shadow: Mapping[str, Tensor]
     if shadow is not None:
         # Tied weights appear under several names and once in the shadow: go by the parameter, not by the
         # name.
-        replaced = {id(p): shadow[name] for name, p in _parameters(player.model).items() if name in shadow}
+        replaced = {id(p): shadow[name] for name, p in parameters_of(player.model).items() if name in shadow}
         state = {name: replaced.get(id(tensor), tensor) for name, tensor in state.items()}
+    state = {name: player.values.get(id(tensor), tensor) for name, tensor in state.items()}
     with _no_progress_bars():
         player.model.save_pretrained(folder, state_dict={name: tensor.detach() for name, tensor in state.items()})
     player.tokenizer.save_pretrained(folder)
@@ -230,7 +200,7 @@ def _check_player(path: Path, name: str, player: PlayerState, saved: Mapping[str
         has, lacks = ("this run", "the checkpoint") if saved["optimizer"] is None else ("the checkpoint", "this run")
         raise InputError(f"{where}: {has} has an optimizer, {lacks} has none; resume with the saved {name}.frozen")
     if player.optimizer is not None:
-        check_optimizer(player.optimizer, _parameters(player.model), saved["optimizer"], where)
+        check_optimizer(player.optimizer, parameters_of(player.model), saved["optimizer"], where)
 
 
 def _compare(where: str, what: str, saved: Mapping[str, Any], live: Mapping[str, Any]) -> None:
@@ -260,7 +230,7 @@ def _read_player(path: Path, name: str, player: PlayerState, saved: Mapping[str,
             tensor.copy_(stored[key])
     if player.optimizer is not None:
         tensors = load_file(path / f"optimizer-{name}.safetensors")
-        unpack_optimizer(player.optimizer, _parameters(player.model), tensors, saved["optimizer"])
+        unpack_optimizer(player.optimizer, parameters_of(player.model), tensors, saved["optimizer"])
 
 
 def _copy_model(folder: Path, model: PreTrainedModel, into: Mapping[str, Tensor]) -> None:
@@ -300,15 +270,10 @@ def _own_storage(tensor: Tensor) -> Tensor:
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by name; a tied one once, under its first name."""
-    return dict(model.named_parameters())
-
-
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """All that is saved: parameters and persistent buffers, tied ones once."""
     found: dict[int, tuple[str, Tensor]] = {}
-    named: dict[str, Tensor] = {**_parameters(model), **model.state_dict(keep_vars=True)}
+    named: dict[str, Tensor] = {**parameters_of(model), **model.state_dict(keep_vars=True)}
     for name, tensor in named.items():
         found.setdefault(id(tensor), (name, tensor))
     return dict(found.values())

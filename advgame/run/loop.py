@@ -20,7 +20,6 @@ from advgame.rollout.engine import EngineError
 from advgame.rollout.replicas import Served
 from advgame.rollout.speaker import Speaker
 from advgame.run import names
-from advgame.run.checkpoint import PlayerState, TrainState, save_checkpoint
 from advgame.run.effort import Clock, Replicas, Totals, step_effort
 from advgame.run.energy import EnergyMeter, gpu_roles
 from advgame.run.evaluate import exact, examine_judge, judge_metrics, sampled_success, validate
@@ -29,9 +28,11 @@ from advgame.run.live import LiveView
 from advgame.run.metrics import play_metrics
 from advgame.run.plays import Place, Plays
 from advgame.run.recorder import Recorder
+from advgame.run.saver import Saver
 from advgame.run.session import Session, Side
 from advgame.run.stop import Stop
 from advgame.run.trackers import Tracker
+from advgame.run.train_state import PlayerState, TrainState
 from advgame.run.verify import gap_metrics, measure_gaps
 
 T = TypeVar("T")
@@ -82,6 +83,8 @@ async def train(
     counted, replicas = Counter(session.counters), Replicas(view.note)
     # beside play, learning needs a thread of its own; alone it needs none
     learner = ThreadPoolExecutor(1, "learn") if run.ahead or run.carry_over else None
+    # adapters are merged while they are written
+    saver = Saver(folder, run.keep_checkpoints, beside=run.checkpoint_beside and session.config.learn.lora is None)
 
     def log(step: int, values: Mapping[str, float]) -> None:
         recorder.metrics(step, values)
@@ -136,16 +139,19 @@ async def train(
             log(step, values)
             view.update(step, values)
             if run.checkpoint_every and progress.step % run.checkpoint_every == 0:
-                save(session, folder, progress, plays, trackers)
+                save(session, saver, progress, plays, trackers)
+            saver.check()
 
         # after step 0 too: who stops in the first evaluation can resume
         if not run.checkpoint_every or not progress.step or progress.step % run.checkpoint_every:
-            save(session, folder, progress, plays, trackers)
+            save(session, saver, progress, plays, trackers)
+        saver.wait()
     finally:
         progress.stopping = stop.asked
         await plays.close()
         if learner is not None:
             learner.shutdown()
+        saver.close()
     if progress.step < run.steps:
         return None
     after = await stop.unless_asked(measure(session, progress.step))
@@ -272,22 +278,26 @@ def publish_times(session: Session) -> dict[str, float]:
     return values
 
 
-def save(
-    session: Session, folder: RunFolder, progress: Progress, plays: Plays, trackers: Sequence[Tracker] = ()
-) -> None:
+def save(session: Session, saver: Saver, progress: Progress, plays: Plays, trackers: Sequence[Tracker] = ()) -> None:
     for tracker in trackers:
         tracker.flush()
     progress.owed = plays.owed
     players = {name: state_of(learner, learner.whole()) for name, learner in session.learners.items()}
     trees = [(tree, tree_rewards(tree, session.rewards)) for tree in plays.kept]
-    state = TrainState(progress.step, players, progress.extra(session), trees)
-    save_checkpoint(folder, state, session.config.run.keep_checkpoints)
+    saver.save(TrainState(progress.step, players, progress.extra(session), trees))
 
 
 def state_of(learner: Trainer, whole: Whole) -> PlayerState:
     adapters = learner.settings.lora
     return PlayerState(
-        whole.model, learner.tokenizer, whole.shadow, whole.optimizer, learner.updates, whole.previous, adapters
+        whole.model,
+        learner.tokenizer,
+        whole.shadow,
+        whole.optimizer,
+        learner.updates,
+        whole.previous,
+        adapters,
+        whole.own,
     )
 
 

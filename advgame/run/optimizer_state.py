@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from advgame.errors import InputError
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What `pack_optimizer` gives."""
+
+    tensors: Mapping[str, Tensor]
+    described: Mapping[str, Any]
 
 
 def pack_optimizer(

@@ -28,6 +28,11 @@ class RunSettings(Section):
     validate_every: int = Field(25, ge=0, description="Steps between validations; 0: at start and end only.")
     exact_every: int = Field(0, ge=0, description="World only: steps between exact worst-case evaluations; 0: ends.")
     checkpoint_every: int = Field(50, ge=0, description="Steps between checkpoints (also at the end); 0: end only.")
+    checkpoint_beside: bool = Field(
+        True,
+        description="Write a checkpoint while the next steps are played, from a copy in host memory (16 bytes a "
+        "parameter).",
+    )
     keep_checkpoints: PositiveInt = Field(2, description="How many of the newest checkpoints stay on disk.")
     tensorboard: bool = Field(True, description="Write TensorBoard event files into the run folder.")
     wandb: bool = Field(False, description="Log to Weights & Biases (needs the extra `wandb`; sends metrics there).")

@@ -9,8 +9,9 @@ from test_learner import groups, learner, pairs
 from transformers import AutoModelForCausalLM
 
 from advgame.errors import InputError
-from advgame.run.checkpoint import PlayerState, TrainState, load_into, save_checkpoint
+from advgame.run.checkpoint import load_into, save_checkpoint
 from advgame.run.folder import RunFolder
+from advgame.run.train_state import PlayerState, TrainState
 
 peft = pytest.importorskip("peft")
 LORA = {"rank": 4, "alpha": 8.0}
