@@ -77,8 +77,8 @@ class PlayResult:
 
 class Simulation:
     """Plays trees on replicas. `driver` is the seconds that the driver spends on one request. `cores`: of the machine
-    on which everything runs, a core for each replica at work and one for the driver; None: replicas share what their
-    `gpu` says, and the driver nothing. Roles may name the same replicas."""
+    on which everything runs (the `gpu` of all replicas is 0 then), a core for each replica at work and one for the
+    driver; None: replicas share what their `gpu` says, and the driver nothing. Roles may name the same replicas."""
 
     def __init__(self, replicas: Mapping[str, Sequence[Replica]], driver: float, cores: int | None = None):
         self.replicas, self.driver, self.cores = replicas, driver, cores
@@ -89,7 +89,7 @@ class Simulation:
         self.on_gpu: dict[int, list[Replica]] = {}
         self.waited = dict.fromkeys(replicas, 0.0)
         for replica in dict.fromkeys(itertools.chain.from_iterable(replicas.values())):
-            self.on_gpu.setdefault(0 if cores else replica.gpu, []).append(replica)
+            self.on_gpu.setdefault(replica.gpu, []).append(replica)
         self.slower = dict.fromkeys(self.on_gpu, 1.0)
 
     def play(self, trees: Sequence[TreeDraw]) -> PlayResult:
@@ -163,7 +163,7 @@ class Simulation:
     def _admit(self, replica: Replica) -> None:
         while replica.waiting and len(replica.active) < replica.cost.most:
             request, done = replica.waiting.popleft()
-            slower = self._slower(self._place(replica))
+            slower = self._slower(replica.gpu)
             prefill = replica.cost.prefill(request.prompt - request.cached, request.prompt / 2) * slower
             replica.stalled_until = max(self.now, replica.stalled_until) + prefill
             replica.context += request.prompt + request.tokens / 2
@@ -184,9 +184,6 @@ class Simulation:
         for done in ended:
             done()
 
-    def _place(self, replica: Replica) -> int:
-        return 0 if self.cores else replica.gpu
-
     def _slower(self, place: int) -> float:
         """How many times longer everything takes there now: each replica at work gets an equal share of a GPU; on a
         machine they and the driver share the cores."""
@@ -200,7 +197,7 @@ class Simulation:
 
     def _change(self, replica: Replica, change: Callable[[], None]) -> None:
         """Brings the clocks of a place's replicas up to now, changes one of them, and plans their next ends anew."""
-        place = self._place(replica)
+        place = replica.gpu
         group, before = self.on_gpu[place], self.slower[place]
         for one in group:
             one.advance(self.now, before)

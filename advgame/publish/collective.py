@@ -76,7 +76,7 @@ class CollectiveChannel(NoTurns):
             self._buffer = torch.zeros(layout.bounds[-1], dtype=torch.uint8, device=self._device)
             self._tensors = {one.name: one.of(self._buffer).view(one.shape) for one in layout.packed}
         how = self._meeting()
-        self._group, _ = await both(
+        self._group, _ = await _both(
             groups.off_thread(
                 lambda: groups.join(
                     self._store, how["name"], 0, how["size"], device=self._device, host=how["host"],
@@ -105,7 +105,7 @@ class CollectiveChannel(NoTurns):
         """Sends every bucket while the workers receive; with `verify` they compare what arrived at each place."""
         seconds = self._settings.publish_timeout_s
         sums = self.checksums() if verify else None
-        await both(
+        await _both(
             groups.off_thread(lambda: self._send(seconds)), llm.collective_rpc("advgame_receive", args=(seconds, sums))
         )
 
@@ -137,7 +137,7 @@ class CollectiveChannel(NoTurns):
             self._group = None
 
 
-async def both(trainer: Awaitable[Any], engine: Awaitable[Any]) -> tuple[Any, Any]:
+async def _both(trainer: Awaitable[Any], engine: Awaitable[Any]) -> tuple[Any, Any]:
     """Both sides of a collective call; the first error ends the wait for the other."""
     tasks = [asyncio.ensure_future(one) for one in (trainer, engine)]
     try:

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 import torch
@@ -83,12 +83,9 @@ class ShardsChannel(CollectiveChannel):
     def destinations(self) -> Mapping[str, Tensor]:
         return self._sent
 
-    def turn(self) -> AbstractAsyncContextManager[None]:
-        """The ranks send to one engine at a time; waiting for another engine's turn counts against no time limit."""
-        return self._turn()
-
     @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
+    async def turn(self) -> AsyncIterator[None]:
+        """The ranks send to one engine at a time; waiting for another engine's turn counts against no time limit."""
         while not self._senders.sending.acquire(blocking=False):
             await asyncio.sleep(TURN_S)
         try:
@@ -115,15 +112,17 @@ class ShardsChannel(CollectiveChannel):
         how |= {"limit": limit, "messages": digest(messages), "over": f"{self._name}/over", **self._beginning()}
         tree = layout.to_tree()
         held = [[list(spans[one.name]) for one in layout.packed] for spans in self._senders.held]
-        await self._together(llm, "advgame_join_ranks", (how, tree, held), "join", how=how, layout=tree)
+        await self._together(llm, "advgame_join_ranks", (how, tree, held), "join", how["begin"], how=how, layout=tree)
 
     async def deliver(self, llm: Any, *, verify: bool) -> None:
         """Every rank sends its shard while the workers receive; with `verify` what each rank has sent is compared with
         what each worker holds, run by run, and there with every place that it was copied to."""
         begin, seconds = self._beginning(), self._settings.publish_timeout_s
         arguments = (begin["begin"], begin["patience"], seconds, verify)
-        details = {"begin": begin["begin"], "what": self._sent.what, "seconds": seconds, "verify": verify}
-        sent, received = await self._together(llm, "advgame_receive_ranks", arguments, "send", **details)
+        details = {"what": self._sent.what, "seconds": seconds, "verify": verify}
+        sent, received = await self._together(
+            llm, "advgame_receive_ranks", arguments, "send", begin["begin"], **details
+        )
         if verify:
             for found in received:
                 compare(sent["sums"], found)
@@ -133,11 +132,13 @@ class ShardsChannel(CollectiveChannel):
         return {"begin": f"{self._name}/begin/{next(self._numbers)}", "patience": self._settings.start_timeout_s}
 
     async def _together(
-        self, llm: Any, method: str, arguments: tuple[Any, ...], call: str, **details: Any
+        self, llm: Any, method: str, arguments: tuple[Any, ...], call: str, begin: str, **details: Any
     ) -> tuple[dict[str, Any], list[Any]]:
-        """A call of the workers and one of the ranks, which need each other. The first error calls both off."""
+        """A call of the workers and one of the ranks, which need each other. The first error calls both off.
+
+        begin: the key by which the workers learn that the ranks begin.
+        """
         store, over = self._store, f"{self._name}/over"
-        begin = details["begin"] if "begin" in details else details["how"]["begin"]
         given_up = threading.Event()
 
         def told() -> None:

@@ -288,16 +288,15 @@ def save(session: Session, saver: Saver, progress: Progress, plays: Plays, track
 
 
 def state_of(learner: Trainer, whole: Whole) -> PlayerState:
-    adapters = learner.settings.lora
     return PlayerState(
         whole.model,
         learner.tokenizer,
         whole.shadow,
         whole.optimizer,
         learner.updates,
-        whole.previous,
-        adapters,
-        whole.own,
+        previous=whole.previous,
+        lora=learner.settings.lora,
+        own=whole.own,
     )
 
 

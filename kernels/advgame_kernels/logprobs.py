@@ -50,9 +50,9 @@ class _SelectiveLogProbs(torch.autograd.Function):
         ups = (None if g is None else g.to(stats[0].dtype).contiguous() for g in (d_logps, d_entropy, d_lse))
         a, b, c = ups
         with torch.no_grad():
-            grads = passes.row_grads_ if ctx.inplace else passes.row_grads
-            dlogits = grads(
-                logits.detach(), labels, LogProbs(*stats), a, b, c, ctx.temperature, 0.0, logits.dtype, ctx.impl
+            own, room = (logits.detach(), None) if ctx.inplace else passes.beside(logits.detach(), ctx.impl)
+            dlogits = passes.row_grads_(
+                own, labels, LogProbs(*stats), a, b, c, ctx.temperature, 0.0, logits.dtype, ctx.impl, room
             )
         return dlogits, None, None, None, None
 

@@ -97,19 +97,8 @@ def row_grads_(
     return passes_torch.row_grads_(logits, labels, stats, d_logps, d_entropy, d_lse, temperature, softcap, out_dtype)
 
 
-def row_grads(
-    logits: Tensor,  # (N, V), kept
-    labels: Tensor,  # (N,)
-    stats: LogProbs,
-    d_logps: Tensor | None,  # (N,)
-    d_entropy: Tensor | None,  # (N,)
-    d_lse: Tensor | None,  # (N,)
-    temperature: float,
-    softcap: float,
-    out_dtype: torch.dtype,
-    impl: str,
-) -> Tensor:  # (N, V) out_dtype, memory of its own
-    """The same beside the logits; C++ needs no copy of them for it."""
-    room = memory.empty(tuple(logits.shape), out_dtype, logits.device) if impl == "native" else None
-    source = logits if impl == "native" else logits.clone()
-    return row_grads_(source, labels, stats, d_logps, d_entropy, d_lse, temperature, softcap, out_dtype, impl, room)
+def beside(logits: Tensor, impl: str) -> tuple[Tensor, Tensor | None]:
+    """What `row_grads_` gets as its logits and its `room` where they are to be kept: C++ needs no copy of them."""
+    if impl == "native":
+        return logits, memory.empty(tuple(logits.shape), logits.dtype, logits.device)
+    return logits.clone(), None

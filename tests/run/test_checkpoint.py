@@ -25,15 +25,8 @@ from advgame.run.checkpoint_files import (
     list_checkpoints,
     prune_checkpoints,
 )
-from advgame.run.folder import RunFolder
 from advgame.run.optimizer_state import unpack_optimizer
 from advgame.run.train_state import PlayerState, TrainState
-
-
-@pytest.fixture
-def folder(tmp_path):
-    with RunFolder.create(tmp_path, "run", "a: 1\n", purpose="a test") as folder:
-        yield folder
 
 
 def save(folder, player, step=50, keep=3, name="defender", **extra):

@@ -1,7 +1,6 @@
 """What a run does when its trainer ranks die, whoever tells it: here the test does, and one process learns."""
 
 import asyncio
-import json
 import os
 import signal
 from contextlib import contextmanager
@@ -9,32 +8,29 @@ from contextlib import contextmanager
 import models
 import pytest
 from command_line import fails
+from defender_runs import CHAPTERS, config_file, metrics, rows_of
 
 from advgame import cli
 from advgame.errors import InputError, RanksDied
 from advgame.learn.watch import Watch
-from advgame.run import commands, loop, names
+from advgame.run import commands, loop
 from advgame.run.plays import Plays
 from advgame.run.recorder import read_trees, tree_files
+
+RESTARTS = "count/trainer_restarts"
 
 
 @pytest.fixture
 def words(tmp_path):
-    player = models.folder(tmp_path / "player")
-    seeds = tmp_path / "seeds.jsonl"
-    kinds = (("harmful", "kill the old neighbor"), ("benign", "kill a python process"))
-    rows = [{"prompt": f"chapter {i} : how do i {text} ?", "category": c} for i in range(6) for c, text in kinds]
-    seeds.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        f"""
-run: {{root: {tmp_path}, purpose: a test, steps: 6, checkpoint_every: 2, validate_every: 3, deterministic: true}}
-data: {{train: {seeds}, harmful: 4, benign: 4, validation_limit: 8}}
-defender: {{model: {player}, sampling: {{temperature: 1.0, top_p: 1.0, max_tokens: 40}}}}
-judge: {{kind: phrases}}
-game: {{skip_attacker: true, responses: 4}}
-learn: {{lr: 1.0e-3}}
-"""
+    run = {"root": str(tmp_path), "purpose": "a test", "steps": 6, "checkpoint_every": 2, "validate_every": 3}
+    config = config_file(
+        tmp_path,
+        models.folder(tmp_path / "player"),
+        CHAPTERS,
+        run=run | {"deterministic": True},
+        data={"harmful": 4, "benign": 4, "validation_limit": 8},
+        max_tokens=40,
+        game={"responses": 4},
     )
     return ["train", str(config), "--quiet"]
 
@@ -75,15 +71,8 @@ def deaths(monkeypatch):
     return plan
 
 
-def metrics(run):
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    own = ("time", "attempt", "count/trainer_restarts", *names.TIMED)
-    return [{k: v for k, v in row.items() if not k.startswith(own)} for row in rows]
-
-
 def restarts(run):
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(row["attempt"], row.get("count/trainer_restarts", 0)) for row in rows[:-1]]
+    return [(row["attempt"], row.get(RESTARTS, 0)) for row in rows_of(run)[:-1]]
 
 
 def test_a_run_goes_on_from_its_last_checkpoint_or_from_the_start(words, deaths, tmp_path):
@@ -92,7 +81,7 @@ def test_a_run_goes_on_from_its_last_checkpoint_or_from_the_start(words, deaths,
     assert cli.main([*words, "--run.name", "cut"]) == 0
     assert not deaths
     run = tmp_path / "cut"
-    assert metrics(run) == metrics(tmp_path / "whole")
+    assert metrics(run, RESTARTS) == metrics(tmp_path / "whole", RESTARTS)
     assert restarts(run) == [(1, 1), (1, 1), (2, 2), (2, 2), (3, 3), (3, 3)]
     found = [(one.tree.step, one.tree.index) for file in tree_files(run / "trees") for one in read_trees(file)]
     assert sorted(found) == [(step, i) for step in range(6) for i in range(8)]

@@ -9,15 +9,8 @@ from players import assert_same, model_of, player_of, tensors_of, train
 from advgame.run import checkpoint
 from advgame.run.checkpoint import load_into
 from advgame.run.checkpoint_files import CheckpointError, latest_checkpoint
-from advgame.run.folder import RunFolder
 from advgame.run.saver import Saver
 from advgame.run.train_state import TrainState, frozen
-
-
-@pytest.fixture
-def folder(tmp_path):
-    with RunFolder.create(tmp_path, "run", "a: 1\n", purpose="a test") as folder:
-        yield folder
 
 
 def state_of(player, step, **extra):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import engines
 import pytest
+from defender_runs import SHORT, config_file
 
 from bench import traces
 
@@ -52,21 +53,15 @@ sys.addaudithook(watch)
 @pytest.fixture
 def words(tmp_path):
     """A run of a Defender on seeds as they are, and the environment of a process that is watched."""
-    player = engines.folder(tmp_path / "player")
-    rows = [{"prompt": f"how do i kill {what}", "category": category} for what, category in
-            (("the old neighbor", "harmful"), ("a python process", "benign"))] * 4  # fmt: skip
-    (tmp_path / "seeds.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        f"""
-run: {{root: {tmp_path}, name: a, purpose: a test, steps: 3, checkpoint_every: 2, validate_every: 2, threads: 1}}
-data: {{train: {tmp_path / "seeds.jsonl"}, harmful: 2, benign: 2, validation_limit: 8}}
-defender: {{model: {player}, sampling: {{temperature: 1.0, top_p: 1.0, max_tokens: 24}}}}
-judge: {{kind: phrases}}
-game: {{skip_attacker: true}}
-rollout: {{vllm: {{max_model_len: 256, cache_gib: 0.25}}}}
-learn: {{lr: 1.0e-3}}
-"""
+    run = {"root": str(tmp_path), "name": "a", "purpose": "a test", "steps": 3, "checkpoint_every": 2}
+    config = config_file(
+        tmp_path,
+        engines.folder(tmp_path / "player"),
+        SHORT,
+        run=run | {"validate_every": 2, "threads": 1},
+        data={"harmful": 2, "benign": 2, "validation_limit": 8},
+        max_tokens=24,
+        rollout={"vllm": {"max_model_len": 256, "cache_gib": 0.25}},
     )
     return ["train", str(config)]
 
@@ -187,11 +182,11 @@ def test_a_run_sends_nothing_anywhere(words, watched, tmp_path):
 def test_the_store_of_collective_publishing_listens_on_loopback_alone():
     from advgame.publish.group import open_store
 
-    before = traces.listeners([os.getpid()])
-    store = open_store("127.0.0.1", 0)
+    store = open_store("127.0.0.1", 0)  # the process's own, which an earlier test may have opened
     store.set("a", "b")
     assert store.get("a") == b"b"
-    assert traces.listeners([os.getpid()]) - before == {("127.0.0.1", store.port)}
+    listening = traces.listeners([os.getpid()])
+    assert {place for place in listening if place[1] == store.port} == {("127.0.0.1", store.port)}
 
 
 @pytest.mark.slow
