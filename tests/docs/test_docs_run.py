@@ -76,6 +76,8 @@ def place(tmp_path_factory, server):
     assert cli.main([*map(str, words), "--quiet"]) == 0
     for name in ("RUN", "THE-RUN", "A", "B", "joint", "turns"):
         (here / "runs" / name).symlink_to(here / "runs/mine")
+    for name in ("RUN", "ANOTHER"):
+        (here / name).symlink_to(here / "runs/mine")
     (here / "configs").symlink_to(ROOT / "configs")
     (here / "data").mkdir()
     behaviours(here / "data/harmbench_behaviors_text_all.csv")

@@ -66,7 +66,7 @@ class Sent:
     def go(self, verify=True, tensors=None, spoil=lambda receiver: None):
         """(checksums by sender, checksums by worker); an error of a worker is raised."""
         tensors = self.tensors if tensors is None else tensors
-        store, errors = dist.HashStore(), []
+        store, errors, senders = dist.HashStore(), [], []
         sums, found = [None] * len(self.held), [None] * self.world
 
         def member(sender, rank):
@@ -80,6 +80,7 @@ class Sent:
             own = [message for message in self.messages if message.sender == number]
             pieces = {name: tensors[name].flatten()[spans[name][0] : sum(spans[name])] for name in SIZES}
             sender = PieceSender(self.layout, own, spans, member(number, 0), CPU, lambda: False)
+            senders.append(sender)  # one with nothing to send must not hang up while the workers still connect to it
             sums[number] = sender.send(pieces, SECONDS, verify=verify)
 
         def receive(rank):
