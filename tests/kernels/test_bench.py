@@ -10,6 +10,7 @@ import torch
 
 from bench import head, peers, tokens
 from bench.floors import Bandwidth
+from bench.gpu_table import gpu_table
 from bench.kernels import main
 from bench.marks import marks
 from bench.memory import peak_in_child
@@ -105,6 +106,36 @@ def test_marks_are_read_off_a_result():
     assert on_gpu["ours, float32 logits: time, three bare GEMMs = 1"]
     assert not on_gpu["ours, float32 logits: times as fast as TRL, chunked log-probs"]
     assert not on_gpu["log-prob pass: share of copy bandwidth"]
+
+
+def test_the_table_of_a_gpu_is_filled_from_its_marks():
+    """What the table asks for is what the marks are called."""
+    case = {"vocab": 128_256, "width": 4096}
+    names = (
+        "ours, float32 logits",
+        "ours, bfloat16 logits",
+        "TRL, chunked log-probs",
+        "Liger, fused linear DPO",
+        "QuACK",
+    )
+    timings = {
+        n: {"milliseconds": 40.0 if n.startswith("ours") else 80.0, "spread": 0.0, "extra_bytes": 1 << 30}
+        for n in names
+    }
+    result = {
+        "device": "NVIDIA H200",
+        "preference: 8192 rows": {"case": case, "floor_ms": 32.0, "timings": timings},
+        "logprobs: bfloat16": {"share_of_copy": 0.93},
+        "margins": {"eager, bfloat16 logits": 0.1, "ours, float32 logits (default)": 0.001},
+    }
+    result["marks"] = marks(result, torch.device("cuda"))
+    filled, empty = gpu_table(result)[4:], gpu_table(None)[4:]
+    assert len(filled) == len(empty) == 9
+    assert all(row.endswith("|  |") for row in empty)
+    assert not any(row.endswith("|  |") for row in filled)
+    assert filled[0].endswith("| 32.00 ms |")
+    assert filled[1].endswith("| 1.25 × |")
+    assert filled[5].endswith("| 2.00 × |")
 
 
 def test_response_rows_follow_their_prompts():
