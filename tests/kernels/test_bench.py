@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import head, peers, tokens
+from bench import head, logits, peers, tokens
 from bench.floors import Bandwidth
 from bench.gpu_table import gpu_table
 from bench.kernels import main
 from bench.marks import marks
-from bench.memory import peak_in_child
+from bench.memory import peak_in_child, with_peaks
+from bench.timing import Timing
 
 CASE = head.HeadCase(vocab=211, width=16, rows=40, response=24, pairs=2, dtype=torch.float32)
 
@@ -60,6 +61,23 @@ def test_every_contender_that_runs_here_computes_the_same_gradients():
     for name, found in kept.items():
         for a, b in zip(found, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_peaks_of_token_losses_and_of_passes():
+    """Whole logits are seen in eager's peak, and ours in place has next to none."""
+    cpu = torch.device("cpu")
+    case = head.HeadCase(vocab=20_000, width=16, rows=400, response=400, pairs=2, dtype=torch.float32)
+    whole = 400 * 20_000 * 4
+    plain = {name: Timing(1.0, 0.0, None) for name in ("eager torch", "ours, float32 logits")}
+    for tail in (tokens.mean_nll, tokens.grpo):
+        found = with_peaks(plain, cpu, tokens.prepare, case, tail)
+        assert found["eager torch"].extra_bytes >= 2 * whole
+        assert found["ours, float32 logits"].extra_bytes < found["eager torch"].extra_bytes
+    plain = {name: Timing(1.0, 0.0, None) for name in ("eager torch", "ours, in place")}
+    found = with_peaks(plain, cpu, logits.prepare, 400, 20_000, torch.float32)
+    assert found["ours, in place"].extra_bytes < whole / 4 < found["eager torch"].extra_bytes
 
 
 @pytest.mark.parametrize("work", ["tokens", "policy"])
