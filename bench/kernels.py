@@ -2,7 +2,7 @@
 
 Floors come first, then every contender against them. `--out` writes kernels-<device>-<date>.json and its plot into
 bench/results; `--check` runs the tests first. On the CPU memory is measured in processes of their own
-(bench/memory.py).
+(bench/memory.py); losses of vectors, which take next to none, go without.
 """
 
 from __future__ import annotations

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import multiprocessing
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.records import reason
+from bench.timing import Timing
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -34,6 +38,16 @@ def _child(prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, .
         answer.send((_kibibytes("VmHWM") - before) << 10)
     except Exception as error:  # crosses a process: the parent says who failed and why
         answer.send(reason(error))
+
+
+def with_peaks(
+    timings: Mapping[str, Timing], device: torch.device, prepare: Callable[..., Callable[[], object]], *arguments: Any
+) -> dict[str, Timing]:
+    """The timings with the peak of `prepare(*arguments, name)` of each on a CPU; on a GPU they have theirs already."""
+    if device.type != "cpu":
+        return dict(timings)
+    peaks = {name: peak_in_child(prepare, *arguments, name) for name in timings}
+    return {n: replace(t, extra_bytes=p if isinstance(p := peaks[n], int) else None) for n, t in timings.items()}
 
 
 def peak_in_child(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> int | str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from advgame_kernels import memory
 
 
 class Peak:
@@ -15,7 +16,7 @@ class Peak:
     `peak.whole`: what was there before included.
 
     A process's peak is the kernel's own count, set back at the start (Linux), so that nothing between two looks is
-    missed; memory that malloc keeps for later is given back first.
+    missed; memory that malloc and our own pool keep for later is given back first.
     """
 
     def __init__(self, device: torch.device):
@@ -30,6 +31,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
         else:
+            memory.release()
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
             self._before = _kilobytes("VmRSS") * 1024

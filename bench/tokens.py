@@ -15,8 +15,9 @@ from torch import Tensor
 
 from bench import peers
 from bench.floors import three_gemms
-from bench.head import HeadCase, measured
+from bench.head import HeadCase, measured, small
 from bench.logits import running
+from bench.memory import with_peaks
 from bench.timing import alternate, table
 
 KL_BETA = 0.04
@@ -116,6 +117,15 @@ def contenders(tail: Tail) -> dict[str, Loss]:
     return found
 
 
+def prepare(case: HeadCase, tail: Tail, name: str) -> Callable[[], object]:
+    """For a memory measurement in a process of its own."""
+    loss, device = contenders(tail)[name], torch.device("cpu")
+    first = make_tokens(case if "torch.compile" in name else small(case), device)
+    first.grads(loss(first))
+    p = make_tokens(case, device)
+    return lambda: p.grads(loss(p))
+
+
 def _bench(title: str, tail: Tail, case: HeadCase, device: torch.device, repeats: int, slow: bool) -> dict[str, Any]:
     print(f"\n{title}: {case.response} rows, vocabulary {case.vocab}, width {case.width}, {case.dtype}")
     floor = three_gemms(case.shape, case.dtype, device, repeats)
@@ -129,6 +139,7 @@ def _bench(title: str, tail: Tail, case: HeadCase, device: torch.device, repeats
         left_out |= peers.SLOW_ON_CPU
         runs = {name: run for name, run in runs.items() if name not in left_out}
     timings = alternate(running(runs, left_out), device, repeats, warm=True)
+    timings = with_peaks(timings, device, prepare, case, tail)
     print(table("  forward and backward", timings, floor))
     return measured(case, floor, timings, left_out)
 

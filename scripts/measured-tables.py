@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from bench.gpu_table import gpu_table  # noqa: E402
+
 RESULTS = ROOT / "bench" / "results"
 PAGES = ("README.md", "kernels/README.md", "docs/step.md", "docs/vllm.md", "docs/game.md", "docs/cluster.md",
          "docs/planning.md")  # fmt: skip
@@ -273,6 +276,7 @@ LINES: dict[str, Callable[[Result], list[list[str]]]] = {
 
 TABLES: dict[str, tuple[str, str, Callable[[Result], list[str]]]] = {
     "kernels-cpu": ("kernels", "kernels-cpu-*.json", kernels),
+    "kernels-gpu": ("kernels", "kernels-nvidia-*.json", gpu_table),
     "ema-cpu": ("ema", "ema-cpu-*.json", ema),
     "publish-cpu": ("publish", "publish-cpu-*.json", publish),
     "step-cpu": ("step", "step-0.5b-cpu-*.json", step),
@@ -291,6 +295,8 @@ def block(name: str, page: Path) -> str:
         return "\n".join([*summary(), ""])
     bench, _, made = TABLES[name]
     found = read(name)
+    if found is None and name == "kernels-gpu":
+        return "\n".join([*gpu_table(None), "", "`make bench-gpu` fills the last column.", ""])
     if found is None:
         return f"`python -m bench {bench} --out` fills this table; no run on an idle machine is on record yet.\n"
     path, result = found

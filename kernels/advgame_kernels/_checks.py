@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import NoReturn
 
 import torch
@@ -63,15 +64,21 @@ def label_ids(labels: Tensor, rows: int, vocab: int, device: torch.device) -> No
 
 
 def positive(name: str, value: float) -> None:
-    """Refuse a number that is not finite and above zero."""
-    if isinstance(value, Tensor) or not 0.0 < float(value) < float("inf"):
+    """Refuse what is not a finite number above zero."""
+    if not isinstance(value, Real) or not 0.0 < value < float("inf"):
         refuse(name, "a finite number above 0", describe(value))
 
 
 def non_negative(name: str, value: float) -> None:
-    """Refuse a number that is not finite and at least zero."""
-    if isinstance(value, Tensor) or not 0.0 <= float(value) < float("inf"):
+    """Refuse what is not a finite number of at least zero."""
+    if not isinstance(value, Real) or not 0.0 <= value < float("inf"):
         refuse(name, "a finite number of at least 0", describe(value))
+
+
+def finite(name: str, value: float) -> None:
+    """Refuse what is not a finite number."""
+    if not isinstance(value, Real) or not -float("inf") < value < float("inf"):
+        refuse(name, "a finite number", describe(value))
 
 
 def one_of(name: str, value: str, choices: Sequence[str]) -> None:
@@ -94,8 +101,10 @@ def host_bounds(
         if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
             refuse("cu_seqlens", "an int32 or int64 vector", describe(cu_seqlens))
         bounds = cu_seqlens.tolist()
-    else:
+    elif isinstance(cu_seqlens, Iterable) and all(isinstance(b, Integral) for b in cu_seqlens):
         bounds = [int(b) for b in cu_seqlens]
+    else:
+        refuse("cu_seqlens", "a list of whole numbers or a CPU tensor", describe(cu_seqlens))
     if len(bounds) % 2 == 0:
         refuse("cu_seqlens", "2P + 1 bounds (chosen and rejected of every pair)", f"{len(bounds)} bounds")
     if bounds[0] != 0 or bounds[-1] != rows:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from advgame_kernels._checks import one_of, refuse
+from advgame_kernels._checks import describe, one_of, refuse
 from advgame_kernels.linear_logprobs import linear_logprobs
 from advgame_kernels.linear_preference import linear_preference_loss, to_device
 from advgame_kernels.types import LogProbs, PreferenceOutput
@@ -116,8 +116,11 @@ class Scored(NamedTuple):
 def compact(hidden: Tensor, labels: Tensor, lengths: Sequence[int] | None) -> Scored:
     """Scored positions of (B, L, H) hidden states by their (B, L) labels; with `lengths` the host waits for nothing.
 
-    Raises ValueError where `lengths` are not those of the labels (a device assertion on a GPU).
+    Raises ValueError for labels that are not of the hidden states' positions, and where `lengths` are not those of the
+    labels (a device assertion on a GPU).
     """
+    if labels.dtype != torch.int64 or labels.shape != hidden.shape[:2] or labels.device != hidden.device:
+        refuse("labels", f"int64 labels of shape {tuple(hidden.shape[:2])} on {hidden.device}", describe(labels))
     mask = labels[:, 1:] != IGNORED
     counts = mask.sum(dim=1)
     if lengths is None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from advgame_kernels import passes
-from advgame_kernels._checks import describe, floating, non_negative, positive, refuse, vector
+from advgame_kernels._checks import describe, finite, floating, non_negative, positive, refuse, vector
 from advgame_kernels._twins import twin_of
 from advgame_kernels.preference import Factors, gradient_of
 from advgame_kernels.types import PolicyOutput
@@ -30,13 +31,13 @@ class PolicySpec:
     def __post_init__(self) -> None:
         non_negative("kl_beta", self.kl_beta)
         if self.clip is not None:
-            below, above = self.clip_range
-            if not (0.0 < below <= 1.0 and 0.0 < above < math.inf):
+            sides = self.clip if isinstance(self.clip, tuple) else (self.clip, self.clip)
+            numbers = len(sides) == 2 and all(isinstance(side, Real) for side in sides)
+            if not (numbers and 0.0 < sides[0] <= 1.0 and 0.0 < sides[1] < math.inf):
                 refuse("clip", "an epsilon in (0, 1], or (below, above) of such", self.clip)
         if self.truncation is not None:
             positive("truncation", self.truncation)
-        if not math.isfinite(self.entropy_weight):
-            refuse("entropy_weight", "a finite number", self.entropy_weight)
+        finite("entropy_weight", self.entropy_weight)
 
     @property
     def clip_range(self) -> tuple[float, float]:
@@ -93,7 +94,7 @@ def token_terms(logps: Tensor, inputs: PolicyInputs, spec: PolicySpec) -> TokenT
         objective = torch.minimum(objective, bounded)
     shown = ratio.detach()
     if sampler is not None:
-        importance = torch.exp(logp.detach() - sampler)
+        importance = torch.exp((logp.detach() if old is None else old) - sampler)
         if old is None:
             shown = importance
         if spec.truncation is not None:
@@ -183,9 +184,10 @@ def policy_loss(
 
     objective = ratio · advantage with ratio = exp(logp − old_logps), and without `old_logps` exp(logp − sg logp),
     which is 1 with the gradient of logp (GRPO, arXiv 2402.03300). `clip`, an epsilon or (below, above), takes the
-    minimum with the clipped ratio (PPO, 1707.06347). `sampler_logps` multiplies the objective by exp(sg logp −
-    sampler), at most `truncation`, detached (truncated importance sampling). kl = exp(ref − logp) − (ref − logp)
-    − 1. Averages over tokens, groups or sequences are the caller's choice of `weights`. N may be 0.
+    minimum with the clipped ratio (PPO, 1707.06347). `sampler_logps` multiplies the objective by exp(old_logps −
+    sampler), without `old_logps` exp(sg logp − sampler), at most `truncation`, detached (truncated importance
+    sampling). kl = exp(ref − logp) − (ref − logp) − 1. Averages over tokens, groups or sequences are the caller's
+    choice of `weights`. N may be 0.
 
     The output's `ratio` is the policy ratio with `old_logps`, else the untruncated importance weight with
     `sampler_logps`, else ones; kl, ratio are 0 and 1 where the weight is 0. Computed in float64, returned as

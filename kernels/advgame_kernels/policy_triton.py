@@ -63,8 +63,10 @@ def token_kernel(
     logp = _read(logps, offsets, live)
     advantage = _read(advantages, offsets, live)
     ratio = tl.full([BLOCK], 1.0, tl.float64)
+    start = logp  # what the importance weight is taken of
     if HAS_OLD:
-        ratio = tl.exp(logp - _read(old, offsets, live))
+        start = _read(old, offsets, live)
+        ratio = tl.exp(logp - start)
     objective = ratio * advantage
     slope = objective  # d objective / d logp: the ratio is its own derivative
     clipped = ratio * 0.0
@@ -75,7 +77,7 @@ def token_kernel(
         objective = tl.minimum(objective, bounded)
     shown = ratio
     if HAS_SAMPLER:
-        importance = tl.exp(logp - _read(sampler, offsets, live))
+        importance = tl.exp(start - _read(sampler, offsets, live))
         if not HAS_OLD:
             shown = importance
         if TRUNCATE:

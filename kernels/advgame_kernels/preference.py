@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from advgame_kernels import passes
-from advgame_kernels._checks import describe, floating, refuse, vector
+from advgame_kernels._checks import describe, floating, positive, refuse, vector
 from advgame_kernels._twins import twin_of
 from advgame_kernels.preference_kinds import PreferenceSpec, pair_losses
 from advgame_kernels.types import PreferenceOutput
@@ -38,9 +38,10 @@ def inverse_normalizer(normalizer: float | Tensor | None, pairs: int) -> float |
         if normalizer.device.type != "meta":
             torch._assert_async((unread > 0) & unread.isfinite(), "normalizer: expected a finite number above 0")
         return unread.reciprocal()
-    value = float(pairs if normalizer is None else normalizer)
-    if not 0.0 < value < float("inf"):
-        refuse("normalizer", "a finite number above 0", value)
+    if normalizer is None:
+        return 1.0 / pairs
+    value = float(normalizer) if isinstance(normalizer, Tensor) else normalizer
+    positive("normalizer", value)
     return 1.0 / value
 
 
@@ -129,6 +130,15 @@ def check_reference(ref_logps: Tensor | None, sequences: int, device: torch.devi
         refuse("ref_logps", "a tensor without requires_grad (the reference is not trained)", "requires_grad=True")
 
 
+def check_lengths(lengths: Tensor, sequences: int, device: torch.device) -> None:
+    """Refuse token counts of the wrong shape or device, and on the CPU, where reading them costs nothing, no counts."""
+    counts = isinstance(lengths, Tensor) and not lengths.is_complex() and lengths.dtype != torch.bool
+    if not counts or tuple(lengths.shape) != (sequences,) or lengths.device != device:
+        refuse("lengths", f"a tensor of {sequences} token counts on {device}", describe(lengths))
+    if device.type == "cpu" and not torch.compiler.is_compiling() and not (lengths.isfinite() & (lengths >= 0)).all():
+        refuse("lengths", "finite counts of at least 0", lengths.tolist())
+
+
 def preference_loss(
     policy_logps: Tensor,  # (2P,) summed log-probs, chosen of pair p at 2p, rejected at 2p + 1
     ref_logps: Tensor | None,  # (2P,) summed log-probs of the reference; None for reference-free kinds
@@ -166,10 +176,8 @@ def preference_loss(
     if lengths is None:
         if spec.needs_lengths:
             refuse("lengths", "token counts: average, nll_weight or the kind divides by them", None)
-    elif (
-        not isinstance(lengths, Tensor) or tuple(lengths.shape) != (sequences,) or lengths.device != policy_logps.device
-    ):
-        refuse("lengths", f"a tensor of shape ({sequences},) on {policy_logps.device}", describe(lengths))
+    else:
+        check_lengths(lengths, sequences, policy_logps.device)
     scale = inverse_normalizer(normalizer, sequences // 2)
     dtype = result_dtype(policy_logps)
     if passes.choose(impl, torch.float32, policy_logps.device) == "triton":

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from advgame_kernels._checks import non_negative, one_of, positive, refuse
+from advgame_kernels._checks import finite, non_negative, one_of, positive, refuse
 
 KINDS = (
     "sigmoid", "ipo", "ipo_mean", "hinge", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
@@ -48,6 +48,7 @@ class PreferenceSpec:
     def __post_init__(self) -> None:
         one_of("kind", self.kind, KINDS)
         positive("beta", self.beta)
+        finite("label_smoothing", self.label_smoothing)
         if not 0.0 <= self.label_smoothing <= 0.5:
             refuse("label_smoothing", "a number in [0, 0.5]", self.label_smoothing)
         if self.label_smoothing > 0.0 and self.kind not in SMOOTHED:
@@ -56,12 +57,10 @@ class PreferenceSpec:
             refuse("label_smoothing", "a number above 0 for kind 'exo_pair' (the paper takes 1e-3)", 0.0)
         if self.robust and (self.kind != "sigmoid" or self.label_smoothing >= 0.5):
             refuse("robust", "kind 'sigmoid' with label_smoothing below 0.5", f"{self.kind}, {self.label_smoothing}")
-        if not math.isfinite(self.simpo_gamma):
-            refuse("simpo_gamma", "a finite number", self.simpo_gamma)
+        finite("simpo_gamma", self.simpo_gamma)
         positive("discopop_tau", self.discopop_tau)
         non_negative("nll_weight", self.nll_weight)
-        if not math.isfinite(self.entropy_weight):
-            refuse("entropy_weight", "a finite number", self.entropy_weight)
+        finite("entropy_weight", self.entropy_weight)
 
     @property
     def averages(self) -> bool:

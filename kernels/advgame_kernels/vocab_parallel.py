@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from advgame_kernels._checks import refuse
 from advgame_kernels.types import LogProbs
 
 
@@ -32,11 +33,16 @@ class VocabShard:
         return torch.where((local >= 0) & (local < self.size), local, -1)
 
     def merge(self, local: LogProbs, labels: Tensor) -> LogProbs:
-        """Statistics over the whole vocabulary from each rank's, which were made with labels clamped to the shard."""
+        """Statistics over the whole vocabulary from each rank's, which were made with labels clamped to the shard.
+
+        Raises ValueError (a device assertion on a GPU) where the shards are not equal.
+        """
         part = torch.stack([local.lse, local.entropy.double(), local.logps.double()])
+        part = torch.cat([part, part.new_full((3, 1), self.size)], dim=1)  # one column: everybody's share of the ids
         parts = part.new_empty((self.ranks, *part.shape))
         dist.all_gather(list(parts.unbind(0)), part, group=self.group)
-        shard_lse, shard_entropy, shard_logps = parts.unbind(dim=1)
+        self._check_sizes(parts[:, 0, -1])
+        shard_lse, shard_entropy, shard_logps = parts[..., :-1].unbind(dim=1)
         lse = torch.logsumexp(shard_lse, dim=0)
         share = torch.exp(shard_lse - lse)
         # A shard of −inf logits only has share 0 and an undefined entropy.
@@ -44,6 +50,13 @@ class VocabShard:
         owner = (labels // self.size)[None]
         logps = (shard_logps.gather(0, owner) + (shard_lse.gather(0, owner) - lse))[0]
         return LogProbs(logps.to(local.logps.dtype), terms.sum(dim=0).to(local.entropy.dtype), lse)
+
+    def _check_sizes(self, sizes: Tensor) -> None:  # (ranks,)
+        same = (sizes == self.size).all()
+        if sizes.is_cuda:
+            torch._assert_async(same, "weight: expected as many vocabulary rows on every rank")
+        elif not same:
+            refuse("weight", "as many vocabulary rows on every rank", [int(n) for n in sizes])
 
     def sum_(self, grad: Tensor) -> None:
         """Add up a gradient over the ranks in place."""

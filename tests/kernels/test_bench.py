@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import head, peers, tokens
+from bench import head, logits, peers, tokens
 from bench.floors import Bandwidth
+from bench.gpu_table import gpu_table
 from bench.kernels import main
 from bench.marks import marks
-from bench.memory import peak_in_child
+from bench.memory import peak_in_child, with_peaks
+from bench.timing import Timing
 
 CASE = head.HeadCase(vocab=211, width=16, rows=40, response=24, pairs=2, dtype=torch.float32)
 
@@ -61,6 +63,23 @@ def test_every_contender_that_runs_here_computes_the_same_gradients():
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_peaks_of_token_losses_and_of_passes():
+    """Whole logits are seen in eager's peak, and ours in place has next to none."""
+    cpu = torch.device("cpu")
+    case = head.HeadCase(vocab=20_000, width=16, rows=400, response=400, pairs=2, dtype=torch.float32)
+    whole = 400 * 20_000 * 4
+    plain = {name: Timing(1.0, 0.0, None) for name in ("eager torch", "ours, float32 logits")}
+    for tail in (tokens.mean_nll, tokens.grpo):
+        found = with_peaks(plain, cpu, tokens.prepare, case, tail)
+        assert found["eager torch"].extra_bytes >= 2 * whole
+        assert found["ours, float32 logits"].extra_bytes < found["eager torch"].extra_bytes
+    plain = {name: Timing(1.0, 0.0, None) for name in ("eager torch", "ours, in place")}
+    found = with_peaks(plain, cpu, logits.prepare, 400, 20_000, torch.float32)
+    assert found["ours, in place"].extra_bytes < whole / 4 < found["eager torch"].extra_bytes
+
+
 @pytest.mark.parametrize("work", ["tokens", "policy"])
 def test_every_contender_for_token_losses_computes_the_same_gradients(work):
     tail = {"tokens": tokens.mean_nll, "policy": tokens.grpo}[work]
@@ -105,6 +124,36 @@ def test_marks_are_read_off_a_result():
     assert on_gpu["ours, float32 logits: time, three bare GEMMs = 1"]
     assert not on_gpu["ours, float32 logits: times as fast as TRL, chunked log-probs"]
     assert not on_gpu["log-prob pass: share of copy bandwidth"]
+
+
+def test_the_table_of_a_gpu_is_filled_from_its_marks():
+    """What the table asks for is what the marks are called."""
+    case = {"vocab": 128_256, "width": 4096}
+    names = (
+        "ours, float32 logits",
+        "ours, bfloat16 logits",
+        "TRL, chunked log-probs",
+        "Liger, fused linear DPO",
+        "QuACK",
+    )
+    timings = {
+        n: {"milliseconds": 40.0 if n.startswith("ours") else 80.0, "spread": 0.0, "extra_bytes": 1 << 30}
+        for n in names
+    }
+    result = {
+        "device": "NVIDIA H200",
+        "preference: 8192 rows": {"case": case, "floor_ms": 32.0, "timings": timings},
+        "logprobs: bfloat16": {"share_of_copy": 0.93},
+        "margins": {"eager, bfloat16 logits": 0.1, "ours, float32 logits (default)": 0.001},
+    }
+    result["marks"] = marks(result, torch.device("cuda"))
+    filled, empty = gpu_table(result)[4:], gpu_table(None)[4:]
+    assert len(filled) == len(empty) == 9
+    assert all(row.endswith("|  |") for row in empty)
+    assert not any(row.endswith("|  |") for row in filled)
+    assert filled[0].endswith("| 32.00 ms |")
+    assert filled[1].endswith("| 1.25 × |")
+    assert filled[5].endswith("| 2.00 × |")
 
 
 def test_response_rows_follow_their_prompts():

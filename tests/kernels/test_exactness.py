@@ -116,6 +116,17 @@ def test_linear_logprobs(impl, dtype, logits, extras, shape):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", [k for k in ak.KINDS if k not in ("sigmoid", "ipo")])
+@pytest.mark.parametrize(("dtype", "logits"), DTYPES)
+@pytest.mark.parametrize("impl", ["torch", NATIVE])
+def test_linear_preference_loss_of_the_other_kinds(kind, impl, dtype, logits):
+    smoothing = {"label_smoothing": 0.2} if kind == "exo_pair" else {}
+    check(
+        ak.linear_preference_loss, ak.linear_preference_loss_ref, problems(SHAPES[0], dtype, impl), ("loss",),
+        lambda p: (p.bounds, p.ref_logps), settings(impl, dtype, logits, SHAPES[0]), {"kind": kind} | smoothing,
+    )  # fmt: skip
+
+
 @over_the_grid
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
 def test_linear_preference_loss(kind, impl, dtype, logits, extras, shape):
@@ -209,6 +220,36 @@ def test_losses_of_log_probs(impl, kind):
     leaves = [logps.clone().requires_grad_(), logps.clone().requires_grad_(), logps.double().requires_grad_()]
     out = ak.preference_loss(leaves[0], ref, kind=kind, beta=0.3, impl=impl)._asdict()
     low, high = plain(leaves[1], ref), plain(leaves[2], ref.double())
+    found = []
+    for x, leaf in zip((out, low, high), leaves, strict=True):
+        grad = torch.autograd.grad(x["loss"], leaf)[0]
+        found.append([Found({k: x[k].detach() for k in low}, {"gradient": grad})])
+    compare(*found)
+
+
+@pytest.mark.parametrize("impl", ["torch", TRITON])
+def test_policy_losses_of_log_probs(impl):
+    """Every output and the gradient; the eager path is the formula in float32."""
+    g = torch.Generator().manual_seed(0)
+    device = DEVICE if impl == "triton" else "cpu"
+    logps = (-8 * torch.rand(64, generator=g)).to(device)
+    ref, old, sampler = ((logps.cpu() + 0.2 * torch.randn(64, generator=g)).to(device) for _ in range(3))
+    advantages = torch.randn(64, generator=g).to(device)
+    weights = (torch.rand(64, generator=g) / 64).to(device)
+
+    def plain(x: Tensor) -> dict[str, Tensor]:
+        r, o, s, a, w = (y.to(x.dtype) for y in (ref, old, sampler, advantages, weights))
+        ratio, gap = torch.exp(x - o), r - x
+        objective = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a) * torch.exp(o - s).clamp(max=1.1)
+        kl = torch.exp(gap) - gap - 1.0
+        return {"loss": (w * (0.1 * kl - objective)).sum(), "kl": kl, "ratio": ratio}
+
+    leaves = [x.detach().clone().requires_grad_() for x in (logps, logps, logps.double())]
+    out = ak.policy_loss(
+        leaves[0], advantages, weights, ref_logps=ref, old_logps=old, sampler_logps=sampler, kl_beta=0.1, clip=0.2,
+        truncation=1.1, impl=impl,
+    )._asdict()  # fmt: skip
+    low, high = plain(leaves[1]), plain(leaves[2])
     found = []
     for x, leaf in zip((out, low, high), leaves, strict=True):
         grad = torch.autograd.grad(x["loss"], leaf)[0]

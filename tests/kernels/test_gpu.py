@@ -29,7 +29,25 @@ def test_no_host_sync():
     padded = padded.cuda()
     shadow, copy = [torch.zeros(1000, device="cuda")], [torch.zeros(1000, device="cuda", dtype=torch.bfloat16)]
 
+    bias = torch.zeros(4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    pairs, eight = torch.tensor(4.0, device="cuda"), torch.full((8,), 64, device="cuda")
+    copied = (logits * 1.0).detach().requires_grad_()
+
     def everything():
+        for kind in ("ipo", "simpo"):
+            ak.linear_preference_loss(
+                hidden, weight, labels, bounds, ref, kind=kind, bias=bias, nll_weight=0.1, entropy_weight=0.1,
+                normalizer=pairs, softcap=20.0, temperature=0.7, logits_dtype=torch.bfloat16,
+            ).loss.backward()  # fmt: skip
+        with torch.no_grad():
+            ak.linear_preference_loss(hidden, weight, labels, bounds, ref)
+        ak.linear_preference_loss(hidden, weight.detach(), labels, bounds, ref).loss.backward()
+        ak.linear_policy_loss(
+            hidden, weight, labels, ones, ones, old_logps=-ones, sampler_logps=-ones, clip=0.2, truncation=2.0,
+            entropy_weight=0.1,
+        ).loss.backward()  # fmt: skip
+        ak.preference_loss(logps, ref, lengths=eight, average=True, normalizer=pairs).loss.backward()
+        ak.selective_logprobs(copied, labels, inplace_backward=True).logps.sum().backward()
         ak.linear_preference_loss(hidden, weight, labels, bounds, ref, chunk_bytes=1 << 21).loss.backward()
         ak.linear_policy_loss(hidden, weight, labels, ones, ones).loss.backward()
         ak.linear_logprobs(hidden, weight, labels).logps.sum().backward()

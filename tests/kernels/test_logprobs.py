@@ -5,7 +5,8 @@ from __future__ import annotations
 import advgame_kernels as ak
 import pytest
 import torch
-from advgame_kernels import native
+from advgame_kernels import native, passes_torch
+from advgame_kernels.types import LogProbs
 
 IMPLS = ["torch", pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason="no extension"))]
 SHAPES = [(1, 1), (1, 5), (3, 16), (7, 37), (4, 1000), (70000, 3)]
@@ -147,10 +148,24 @@ def test_every_instruction_set_agrees(isa):
     try:
         for dtype in (torch.float32, torch.bfloat16):
             logits, labels = make(9, 333, dtype)
-            want = ak.selective_logprobs_ref(logits.double(), labels)
-            out = ak.selective_logprobs(logits, labels, impl="native")
+            ups = [torch.randn(9, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+            exact, leaf = logits.double().requires_grad_(), logits.requires_grad_()
+            want = ak.selective_logprobs_ref(exact, labels, temperature=0.8)
+            out = ak.selective_logprobs(leaf, labels, temperature=0.8, impl="native")
             for a, b in zip(out, want, strict=True):
                 torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=2e-6)
+            (got,) = torch.autograd.grad(list(out), leaf, ups)
+            (high,) = torch.autograd.grad(list(want), exact, [u.double() for u in ups])
+            tolerance = 4e-3 if dtype == torch.bfloat16 else 3e-6
+            torch.testing.assert_close(got.double(), high, rtol=tolerance, atol=1e-5)
+            # a bfloat16 gradient of float32 logits, soft-capped: what a chunk of a bfloat16 head takes
+            raw = logits.detach().float()
+            stats = native.row_stats(raw, labels, 0.8, 5.0)
+            high = passes_torch.row_grads_(
+                raw.double(), labels, LogProbs(*(x.double() for x in stats)), *(u.double() for u in ups), 0.8, 5.0
+            )
+            got = native.row_grads_(raw, labels, stats, *ups, 0.8, 5.0, torch.bfloat16)
+            torch.testing.assert_close(got.double(), high, rtol=4e-3, atol=1e-5)
     finally:
         native._native.use_isa(used)
 

@@ -133,6 +133,11 @@ def test_patched_model_gives_the_preference_loss():
         model(input_ids=ids, labels=labels, fused="preference", ref_logps=ref, lengths=[6, 3, 5, 3])
     with pytest.raises(ValueError, match="lengths: expected one number a sequence"):
         model(input_ids=ids, labels=labels, fused="logprobs", lengths=[6, 3, 6])
+    for wrong in (labels[:, :-1], labels[:-1], labels.int(), labels.to("meta")):
+        with pytest.raises(ValueError, match=r"labels: expected int64 labels of shape \(4, 9\)"):
+            model(input_ids=ids, labels=wrong, fused="logprobs")
+    with pytest.raises(ValueError, match="cu_seqlens: expected 2P"):
+        model(input_ids=ids[:3], labels=labels[:3], fused="preference", ref_logps=ref)
 
 
 def test_patched_model_follows_autocast():

@@ -39,7 +39,7 @@ def direct(t, i, *, ref, old, sampler, kl_beta, clip, truncation) -> float:
         low, high = clip if isinstance(clip, tuple) else (clip, clip)
         objective = min(objective, min(max(ratio, 1 - low), 1 + high) * adv)
     if sampler:
-        weight = math.exp(logp - t["sampler"][i].item())
+        weight = math.exp((t["old"][i].item() if old else logp) - t["sampler"][i].item())
         objective *= weight if truncation is None else min(weight, truncation)
     kl = 0.0
     if ref:

@@ -5,6 +5,7 @@ The functions' own tests hold their settings; here every function meets every ki
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import advgame_kernels as ak
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 N, V, H = 4, 5, 2
+NAN = float("nan")
 
 
 def good(name: str) -> dict[str, Any]:
@@ -75,6 +77,55 @@ def test_one_row_too_many(name, argument):
         assert refused(name, argument, torch.cat([x, x[:1]])).startswith(f"{argument}: ")
 
 
+OPTIONAL = {"bias": torch.zeros(V), "lengths": torch.ones(N), "ref_logps": torch.zeros(N), "old_logps": torch.zeros(N),
+            "sampler_logps": torch.zeros(N)}  # fmt: skip
+TAKEN = {name: inspect.signature(getattr(ak, name)).parameters for name in NAMES}
+GIVEN = [(name, arg) for name in NAMES for arg in OPTIONAL if arg in TAKEN[name] and arg not in good(name)]
+
+
+@pytest.mark.parametrize(("name", "argument"), GIVEN)
+@pytest.mark.parametrize("how", ["another device", "one too many", "a list", "complex"])
+def test_optional_tensors_of_the_wrong_kind(name, argument, how):
+    x = OPTIONAL[argument]
+    changed = {
+        "another device": lambda: x.to("meta"),
+        "one too many": lambda: torch.cat([x, x[:1]]),
+        "a list": x.tolist,
+        "complex": lambda: x.to(torch.complex64),
+    }[how]()
+    assert refused(name, argument, changed).startswith(f"{argument}: ")
+
+
+SETTINGS = [
+    (name, setting)
+    for name in NAMES
+    for setting, parameter in TAKEN[name].items()
+    if isinstance(parameter.default, (int, float)) and not isinstance(parameter.default, bool)
+]
+
+
+@pytest.mark.parametrize(("name", "setting"), SETTINGS)
+@pytest.mark.parametrize("value", ["1", None, float("nan"), float("inf"), torch.tensor(1.0)])
+def test_settings_that_are_no_numbers(name, setting, value):
+    assert refused(name, setting, value).startswith(f"{setting}: ")
+
+
+@pytest.mark.parametrize("value", [[0, 2.5, 4], ["0", "2", "4"], None, 4, [0, None, 4]])
+def test_bounds_that_are_no_whole_numbers(value):
+    assert refused("linear_preference_loss", "cu_seqlens", value).startswith("cu_seqlens: ")
+
+
+@pytest.mark.parametrize("value", [[1.0, -1.0, 2.0, 3.0], [1.0, float("nan"), 2.0, 3.0], [True] * 4])
+def test_lengths_that_count_nothing(value):
+    assert refused("preference_loss", "lengths", torch.tensor(value)).startswith("lengths: ")
+
+
+@pytest.mark.parametrize("value", [(0.2,), (0.2, 0.3, 0.4), (0.2, "0.3"), "0.2", (0.2, float("nan")), 1.5])
+@pytest.mark.parametrize("name", ["policy_loss", "linear_policy_loss"])
+def test_clips_that_are_no_ranges(name, value):
+    assert refused(name, "clip", value, old_logps=torch.zeros(N)).startswith("clip: ")
+
+
 @pytest.mark.parametrize("name", [n for n in NAMES if "labels" in good(n)])
 @pytest.mark.parametrize("label", [-1, -100, V, 2**40])
 def test_labels_out_of_range(name, label):
@@ -126,7 +177,7 @@ def test_empty_batches():
         ak.linear_preference_loss(**(pairs | {"cu_seqlens": []}))
 
 
-@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), torch.tensor(0.0), torch.tensor(float("nan"))])
+@pytest.mark.parametrize("value", [0, -1.0, NAN, float("inf"), "4", torch.tensor(0.0), torch.tensor(NAN)])
 @pytest.mark.parametrize("name", ["preference_loss", "linear_preference_loss"])
 def test_normalizers_that_would_give_nan(name, value):
     assert refused(name, "normalizer", value).startswith("normalizer: ")

@@ -66,6 +66,13 @@ def check(first_on_path: Path | None) -> str:
     return run.stderr.splitlines()[0]
 
 
+def test_there_are_no_cuda_sources():
+    """GPU passes are Triton, products cuBLAS: nothing for nvcc. Whoever adds a .cu file adds its compile for sm_90."""
+    root = Path(__file__).parents[2]
+    found = [p for folder in ("csrc", "kernels", "advgame", "bench") for p in (root / folder).rglob("*.cu*")]
+    assert found == []
+
+
 @pytest.mark.slow
 def test_no_kernel_spills_on_sm90():
     check(None)

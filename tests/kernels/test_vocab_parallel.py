@@ -74,6 +74,9 @@ def worker(rank: int, folder: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=rf"labels: expected ids in \[0, {VOCAB}\)"):
         ak.linear_logprobs(p.hidden, p.weight[mine], p.labels + VOCAB, process_group=dist.group.WORLD)
+    uneven = p.weight[:18] if rank == 0 else p.weight[18:]
+    with pytest.raises(ValueError, match=r"weight: expected as many vocabulary rows on every rank, got \[18, 20\]"):
+        ak.linear_logprobs(p.hidden, uneven, labels, process_group=dist.group.WORLD)
     dist.destroy_process_group()
 
 
