@@ -165,12 +165,20 @@ def test_an_arena_is_shared_and_bounded():
     arena.close()
     other[18] = 6  # mappings outlive the file
     assert arena.bytes[18] == 6
+    with pytest.raises(FileNotFoundError):
+        mapped(arena.path, 1000)
 
 
 def test_too_little_memory_is_one_clear_line(monkeypatch):
     from advgame.errors import InputError
-    from advgame.publish import arena
+    from advgame.publish import arena, host
 
     monkeypatch.setattr(arena, "free_bytes", lambda: 2**30)
     with pytest.raises(InputError, match=r"rollout\.vllm\.transport: shm needs 4\.00 GiB .* 1\.00 GiB are free; free"):
         Arena(2**32)
+    monkeypatch.setattr(arena, "free_bytes", lambda: 2**70)
+    with pytest.raises(InputError, match=r"rollout\.vllm\.transport: shm gets no shared memory: .*; set loader"):
+        Arena(2**62)
+    monkeypatch.setattr(host, "_host", None)
+    with pytest.raises(InputError, match=r"shm cannot be used, the C\+\+ extension of publishing is not there"):
+        Arena(1)
