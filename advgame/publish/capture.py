@@ -139,6 +139,6 @@ def captured(calls: Callable[[], None], device: torch.device) -> torch.cuda.CUDA
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     # thread_local: another thread may sample on this GPU meanwhile
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         calls()
     return graph

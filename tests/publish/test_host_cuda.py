@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_gpu
 import pytest
@@ -13,7 +14,7 @@ import torch
 from test_plan import SOURCES, Fused, plan_of
 
 from advgame.errors import InputError
-from advgame.publish import cuda_memory, host
+from advgame.publish import capture, cuda_memory, host
 from advgame.publish.binding import bind, open_part
 from advgame.publish.copies import Copies
 from advgame.publish.cuda_memory import CudaMemory
@@ -238,22 +239,13 @@ def test_stages_of_a_graph_follow_each_other(runtime):
 def test_a_captured_graph_is_a_part_of_it(runtime, fake):
     """Here one that the fake library made; on a GPU torch's."""
     a, b, c = torch.arange(4.0), torch.zeros(4), torch.zeros(4)
-    captured = ctypes.c_void_p()
-    assert fake.cudaGraphCreate(ctypes.byref(captured), 0) == 0
-
-    class Copy(ctypes.Structure):
-        _fields_ = [(f"w{i}", ctypes.c_size_t) for i in range(19)] + [("kind", ctypes.c_int)]
-
-    words = [0, 0, 0, 0, a.data_ptr(), 16, 16, 1, 0, 0, 0, 0, b.data_ptr(), 16, 16, 1, 16, 1, 1]
-    copy, node = Copy(*words, 4), ctypes.c_void_p()
-    assert fake.cudaGraphAddMemcpyNode(ctypes.byref(node), captured, None, 0, ctypes.byref(copy)) == 0
+    recorded = Recorded(fake, b, a)
     graph = host.require("ipc").PublishGraph(runtime, 0)
-    graph.then_graph(captured.value)
+    graph.then_graph(recorded.raw_cuda_graph())
     graph.then_copies(Copies([(c, b)]).rows)
     assert graph.nodes == 2
     graph.launch(0)
     assert torch.equal(c, a)
-    fake.cudaGraphDestroy(captured)
 
 
 def test_a_part_of_more_than_a_gibibyte_is_cut(runtime):
@@ -272,3 +264,50 @@ def test_a_moved_model_is_written_through_views_of_device_memory(runtime, monkey
     made = Destinations([plan], memory.parts)
     made["norm"].copy_(torch.arange(6.0))
     assert torch.equal(model.norm.detach(), torch.arange(6.0))
+
+
+class Recorded:
+    """In the place of a torch.cuda.CUDAGraph: one copy, as the fake library records it."""
+
+    def __init__(self, fake, into, taken):
+        self.graph, node = ctypes.c_void_p(), ctypes.c_void_p()
+        size = into.numel() * into.element_size()
+        assert fake.cudaGraphCreate(ctypes.byref(self.graph), 0) == 0
+        words = [0] * 4 + [taken.data_ptr(), size, size, 1] + [0] * 4 + [into.data_ptr(), size, size, 1, size, 1, 1]
+        copy = Copy3D(*words, 4)
+        assert fake.cudaGraphAddMemcpyNode(ctypes.byref(node), self.graph, None, 0, ctypes.byref(copy)) == 0
+
+    def raw_cuda_graph(self):
+        return self.graph.value
+
+
+class Copy3D(ctypes.Structure):
+    """cudaMemcpy3DParms."""
+
+    _fields_ = [(f"word{i}", ctypes.c_size_t) for i in range(19)] + [("kind", ctypes.c_int)]
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_captured_pass_is_average_copies_and_sums_in_this_order(runtime, fake, monkeypatch, verify):
+    """As on a GPU, but of recorded copies: the average fills the stages, a sum is a snapshot of a part."""
+    fake_gpu.installed(monkeypatch, runtime, [])
+    device = torch.device("cpu", 0)
+    plans = [plan_of(rank, 2) for rank in range(2)]
+    parts = [torch.zeros(plan.layout()[1], dtype=torch.uint8) for plan in plans]
+    served = Destinations(plans, parts)
+    live, seen = torch.arange(24.0).view(4, 6), [torch.zeros_like(part) for part in parts]
+    served.verify = verify
+    for sums, part, copy in zip(served.sums, parts, seen, strict=True):
+        sums.device, sums.launch = device, (part, copy)
+    monkeypatch.setattr(capture, "captured", lambda calls, _: Recorded(fake, calls[1], calls[0]))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    made = capture.CapturedPass(Recorded(fake, served["q"], live), served, device, verify=verify)
+    for _ in range(2):
+        made.replay(served)
+        for rank, (plan, part, copy) in enumerate(zip(plans, parts, seen, strict=True)):
+            found = part[plan.layout()[0]["qkv"] :][: 12 * 4].view(torch.float32)
+            assert torch.equal(found, live[2 * rank : 2 * rank + 2].flatten())
+            assert torch.equal(copy, part if verify else torch.zeros_like(part))
+        assert (served.scattered, served.summed) == (True, verify)
+        live += 1
+    assert made._graph.nodes == 1 + len(served.copies.rows) + 2 * verify
