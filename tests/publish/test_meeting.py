@@ -10,7 +10,7 @@ import torch
 from test_plan import SOURCES, Fused, plan_of
 
 from advgame.errors import InputError
-from advgame.publish import cuda_memory
+from advgame.publish import cuda_memory, host
 from advgame.publish.arena import SharedMemory
 from advgame.publish.binding import bind, checksums, compare, open_part
 from advgame.publish.destinations import Destinations
@@ -19,6 +19,7 @@ from advgame.publish.plan import Plan
 from advgame.publish.record import PlanRefused
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(host.missing() is not None, reason="no extension")
 
 
 def rank_of(meeting, rank, world, *, refused=(), model=None, seen=None):
