@@ -44,7 +44,7 @@ bench-gpu:
 	PYTHONPATH=.:kernels PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True python3 -m bench step --device cuda --size 7b --rounds 2 --out
 	PYTHONPATH=.:kernels PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True python3 -m bench step --device cuda --size 0.5b --rounds 2 --ways published ours --out
 
-SETUP := pyproject.toml setup.py constraints.txt scripts/setup.sh $(wildcard csrc/*)
+SETUP := pyproject.toml setup.py constraints.txt scripts/setup.sh $(wildcard csrc/* csrc/host/*)
 
 $(VENV)/.train: $(SETUP)
 	scripts/setup.sh $(VENV) train
@@ -59,4 +59,4 @@ $(VENV)/.test: $(VENV)/.dev scripts/setup-test.sh
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info kernels/*.egg-info kernels/advgame_kernels/*.so
+	rm -rf build dist *.egg-info kernels/*.egg-info kernels/advgame_kernels/*.so advgame/publish/*.so

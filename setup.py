@@ -1,4 +1,4 @@
-"""Packages and the optional C++ extension; everything else about the distribution stands in pyproject.toml."""
+"""Packages and the optional C++ extensions; everything else about the distribution stands in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ except ImportError:  # a build without isolation where pybind11 is missing: the 
 
 
 class OptionalBuildExt(build_ext):
-    """Builds the extension if a compiler is there; says why not otherwise, and lets the install go on."""
+    """Builds the extensions if a compiler is there; says why not otherwise, and lets the install go on."""
 
     def run(self) -> None:
         try:
@@ -27,7 +27,7 @@ class OptionalBuildExt(build_ext):
         try:
             super().build_extension(ext)
         except Exception as error:
-            self._explain(error)
+            self._explain(error, ext.name)
 
     def copy_extensions_to_source(self) -> None:
         try:
@@ -35,27 +35,36 @@ class OptionalBuildExt(build_ext):
         except Exception as error:  # an editable install after a failed build has no file to copy
             self._explain(error)
 
-    def _explain(self, error: Exception) -> None:
-        print(f"advgame_kernels._native is not built, torch code is used instead: {error}")
+    def _explain(self, error: Exception, name: str = "every extension") -> None:
+        print(f"not built: {name} ({error}); {WITHOUT}")
+
+
+WITHOUT = "without them CPU kernels are torch code, and vLLM engines take weights through vLLM's loader"
 
 
 def extensions() -> list:
-    """The one extension, or nothing without pybind11."""
+    """CPU kernels and the host side of publishing, or nothing without pybind11."""
     if Pybind11Extension is None:
-        print("advgame_kernels._native is not built, torch code is used instead: pybind11 is missing")
+        print(f"not built: every extension (pybind11 is missing); {WITHOUT}")
         return []
-    flags = ["/O2"] if platform.system() == "Windows" else ["-O3", "-pthread", "-Wall", "-Wno-psabi"]
-    return [
-        Pybind11Extension(
-            "advgame_kernels._native",
-            sorted(glob("csrc/*.cpp")),
-            depends=sorted(glob("csrc/*.h") + glob("csrc/*.inl")),
-            include_dirs=["csrc"],
+    windows = platform.system() == "Windows"
+    flags = ["/O2"] if windows else ["-O3", "-pthread", "-Wall", "-Wno-psabi"]
+
+    def extension(name: str, folder: str, *more: str):
+        return Pybind11Extension(
+            name,
+            sorted(glob(f"{folder}/*.cpp")),
+            depends=sorted(glob(f"{folder}/*.h") + glob(f"{folder}/*.inl")) + list(more),
+            include_dirs=[folder],
             cxx_std=17,
             extra_compile_args=flags,
-            extra_link_args=[] if platform.system() == "Windows" else ["-pthread"],
+            extra_link_args=[] if windows else ["-pthread", *(["-ldl"] if platform.system() == "Linux" else [])],
         )
-    ]
+
+    kernels = extension("advgame_kernels._native", "csrc")
+    if platform.system() != "Linux":  # memfd, /proc
+        return [kernels]
+    return [kernels, extension("advgame.publish._host", "csrc/host", "csrc/parallel.h")]
 
 
 # Folders of templates are packages to setuptools, though not to Python.

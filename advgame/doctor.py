@@ -92,13 +92,19 @@ def _parts(version: str) -> tuple[int, ...]:
 
 
 def extension() -> Iterator[Finding]:
-    """The C++ kernels, which only matter without a GPU."""
+    """The C++ kernels, which only matter without a GPU, and the host side of publishing."""
     from advgame_kernels import native
+
+    from advgame.publish import host
 
     if native.available():
         yield Finding("C++ kernels", "ok", f"built, using {native.isa()}")
     else:
         yield Finding("C++ kernels", "warn", "not built; CPU runs use torch", "install gcc, then: pip install -e .")
+    if reason := host.missing():
+        yield Finding("publishing", "warn", f"{reason}; vLLM engines are slower", "install gcc, then: pip install -e .")
+    else:
+        yield Finding("publishing", "ok", "shared memory and CUDA IPC are built")
 
 
 def gpus() -> Iterator[Finding]:
@@ -129,13 +135,13 @@ def gpus() -> Iterator[Finding]:
         yield Finding("peer access", "warn" if apart else "ok", found, mend)
     nccl = torch.cuda.nccl.version()
     yield Finding("NCCL", "ok", ".".join(map(str, nccl)))
-    settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
-    if "expandable_segments:True" in settings.replace(" ", ""):
-        yield Finding(
-            "CUDA IPC", "fail", "expandable segments are on", "unset expandable_segments: they cannot be shared"
-        )
-    else:
-        yield Finding("CUDA IPC", "ok", "plain segments")
+    from advgame.publish import host
+
+    try:
+        runtime = host.cuda()
+        yield Finding("CUDA IPC", "ok", f"CUDA runtime {runtime.version // 1000}.{runtime.version % 1000 // 10}")
+    except InputError as error:
+        yield Finding("CUDA IPC", "fail", str(error))
 
 
 def limits() -> Iterator[Finding]:

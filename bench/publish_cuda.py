@@ -1,8 +1,8 @@
 """Publishing on one GPU into memory that a second process holds open: `python -m bench publish --device cuda`.
 
 The second process stands for the engine: it opens the trainer's memory over CUDA IPC, as vLLM's worker does, and checks
-what arrives. vLLM itself is not needed; where it is, its own packed IPC transfer runs beside ours (its NCCL transfer
-needs a second GPU and is not measured). Written without a GPU at hand.
+what arrives. vLLM itself is not needed; where it is, its own packed IPC transfer runs beside ours. Where a second GPU
+is visible, transfers by NCCL follow (publish_nccl.py). Written without a GPU at hand.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from torch.multiprocessing import reductions
 
-from advgame.publish.arena import device_checksum
+from advgame.publish.arena import checksum
 from advgame.publish.capture import PublishPass
-from advgame.publish.cuda_memory import CudaMemory, device_id, open_shared, shared
+from advgame.publish.cuda_memory import CudaMemory, device_id, open_shared
 from advgame.publish.destinations import Destinations
 from advgame.publish.plan import Copy, Plan, Region, Source, Storage
 from bench.floors import copy_bandwidth
@@ -53,7 +54,7 @@ def holder(memory: Mapping[str, Any], link: Connection) -> None:
     link.send("open")
     while (request := link.recv()) is not None:
         if request == "checksum":
-            link.send(device_checksum(part))
+            link.send(checksum(part))
             continue
         if isinstance(request, dict):  # a packed chunk of vLLM's
             for name, tensor in unpack(request):
@@ -61,8 +62,8 @@ def holder(memory: Mapping[str, Any], link: Connection) -> None:
             torch.cuda.synchronize()
             link.send("copied")
             continue
-        number, handle = request
-        tensor = open_shared(handle, device)
+        number, (rebuild, arguments) = request
+        tensor = rebuild(*arguments)
         own.setdefault(number, torch.empty_like(tensor)).copy_(tensor)
         torch.cuda.synchronize()
         del tensor
@@ -107,7 +108,13 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
     shadow = {s.name: torch.zeros(s.shape, device=device) for s in plan.sources}
     live = {s.name: torch.rand(s.shape, device=device) for s in plan.sources}
     parameters = sum(t.numel() for t in shadow.values())
-    captured, eager = PublishPass(), PublishPass(capture=False)
+    captured, eager, checked = PublishPass(), PublishPass(capture=False), PublishPass()
+
+    def verified() -> None:
+        served.verify, served.summed = True, False
+        checked(shadow, live, served, DECAY)
+        served.checksums()
+        served.verify = False
 
     def stages() -> None:
         torch._foreach_lerp_(list(shadow.values()), list(live.values()), 1 - DECAY)
@@ -118,8 +125,8 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
         """What an RPC a parameter comes to: a new state dict, and for each tensor a handle, an answer."""
         for name in shadow:
             shadow[name].copy_(DECAY * shadow[name] + (1 - DECAY) * live[name])
-            flat = shadow[name].to(torch.bfloat16).flatten().view(torch.uint8)
-            link.send((name, shared(flat)))
+            narrow = shadow[name].to(torch.bfloat16)
+            link.send((name, reductions.reduce_tensor(narrow)))
             link.recv()
 
     def packed() -> None:
@@ -136,6 +143,7 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
     produce = vllm_producer()
     contenders: dict[str, Callable[[], object]] = {
         "one captured pass, in place": lambda: captured(shadow, live, served, DECAY),
+        "the same, with checksums read": verified,
         "the same calls, not captured": lambda: eager(shadow, live, served, DECAY),
         "lerp, cast, copy, in place": stages,
         "state dict, a handle a parameter": handles,
@@ -154,7 +162,7 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
     captured(shadow, live, served, DECAY)
     torch.cuda.synchronize()
     link.send("checksum")
-    if link.recv() != device_checksum(memory.parts[0]):
+    if link.recv() != checksum(memory.parts[0]):
         raise RuntimeError("the other process does not see what was written")
     link.send(None)
     process.join()
@@ -184,4 +192,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         result[model] = measure(model, options.rounds)
         gc.collect()
         torch.cuda.empty_cache()
+    if torch.cuda.device_count() < 2:
+        print("\nby NCCL, ours and vLLM's: left out (needs two GPUs)")
+        return result
+    from bench import publish_nccl
+
+    for model in options.model or ["0.5b", "7b"]:
+        result[model]["nccl"] = publish_nccl.measure(model, plan_of(model), options.rounds)
     return result

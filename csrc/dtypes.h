@@ -46,4 +46,5 @@ struct Kernels {
     void (*row_stats)(const Rows&, int64_t begin, int64_t end);
     void (*row_grads)(const Rows&, int64_t begin, int64_t end);
     void (*ema)(const EmaTensor&, int64_t begin, int64_t end, const EmaCall&);
+    uint64_t (*byte_sum)(const uint8_t* data, int64_t begin, int64_t end);
 };

@@ -11,7 +11,8 @@
 
 namespace generic {
 #include "kernels.inl"
-static const Kernels table{"generic", row_stats, row_grads, ema};
+#include "sums.inl"
+static const Kernels table{"generic", row_stats, row_grads, ema, byte_sum};
 }  // namespace generic
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -21,7 +22,8 @@ static const Kernels table{"generic", row_stats, row_grads, ema};
 #pragma GCC target("avx2,fma,f16c,bmi2")
 namespace avx2 {
 #include "kernels.inl"
-static const Kernels table{"avx2", row_stats, row_grads, ema};
+#include "sums.inl"
+static const Kernels table{"avx2", row_stats, row_grads, ema, byte_sum};
 }  // namespace avx2
 #pragma GCC pop_options
 
@@ -29,7 +31,8 @@ static const Kernels table{"avx2", row_stats, row_grads, ema};
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prefer-vector-width=512")
 namespace avx512 {
 #include "kernels.inl"
-static const Kernels table{"avx512", row_stats, row_grads, ema};
+#include "sums.inl"
+static const Kernels table{"avx512", row_stats, row_grads, ema, byte_sum};
 }  // namespace avx512
 #pragma GCC pop_options
 
@@ -37,7 +40,8 @@ static const Kernels table{"avx512", row_stats, row_grads, ema};
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prefer-vector-width=512")
 namespace avx512_bf16 {
 #include "kernels.inl"
-static const Kernels table{"avx512_bf16", row_stats, row_grads, ema};
+#include "sums.inl"
+static const Kernels table{"avx512_bf16", row_stats, row_grads, ema, byte_sum};
 }  // namespace avx512_bf16
 #pragma GCC pop_options
 #endif

@@ -3,9 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "isa.h"
@@ -78,6 +80,23 @@ static void ema_update(const std::vector<EmaEntry>& entries, double step, uint64
     });
 }
 
+using SumEntry = std::pair<uintptr_t, int64_t>;
+
+// sums[i]: of the bytes of entry i.
+static void byte_sums(const std::vector<SumEntry>& entries, uintptr_t sums, int threads) {
+    int64_t total = 0;
+    for (const auto& entry : entries) total += entry.second;
+    std::vector<std::atomic<uint64_t>> found(entries.size());
+    parallel_for(total, 1 << 18, threads, [&](int64_t begin, int64_t end) {
+        int64_t first = 0;
+        for (size_t i = 0; i < entries.size(); first += entries[i++].second) {
+            const int64_t from = std::max(begin - first, int64_t{0}), to = std::min(end - first, entries[i].second);
+            if (from < to) found[i] += active->byte_sum(at<const uint8_t>(entries[i].first), from, to);
+        }
+    });
+    for (size_t i = 0; i < entries.size(); ++i) at<uint64_t>(sums)[i] = found[i];
+}
+
 static void use_isa(const std::string& name) {
     const Kernels* found = find_kernels(name.c_str());
     if (!found) throw std::invalid_argument("this processor cannot run " + name);
@@ -90,6 +109,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("row_stats", &row_stats, free);
     m.def("row_grads", &row_grads, free);
     m.def("ema_update", &ema_update, free);
+    m.def("byte_sums", &byte_sums, free);
     m.def("isa", [] { return std::string(active->name); }, "The instruction set in use.");
     m.def("use_isa", &use_isa, "Use 'avx512_bf16', 'avx512', 'avx2' or 'generic'; for tests.");
 }

@@ -1,5 +1,6 @@
 """`pip install .` without extras: a kernel library that needs torch alone, a command that says what it lacks."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +71,18 @@ def test_the_reports_assets_are_packaged(installed):
     assets = ROOT / "advgame/report/assets"
     for path in assets.iterdir():
         assert (installed / "advgame/report/assets" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcc") is None or sys.platform != "linux", reason="no compiler")
+def test_both_extensions_are_packaged(installed):
+    done = run(
+        installed,
+        "import advgame_kernels.native as kernels, advgame.publish.host as host\n"
+        "print(kernels._native.__file__, host._host.__file__, host.missing())",
+    )
+    assert done.returncode == 0, done.stderr
+    native, extension, missing = done.stdout.split()
+    assert native.startswith(str(installed / "advgame_kernels"))
+    assert extension.startswith(str(installed / "advgame/publish"))
+    assert missing == "None"

@@ -6,59 +6,46 @@ from then on each side's mapping keeps it alive. There is no window in which a c
 
 from __future__ import annotations
 
-import mmap
 import os
-import warnings
-import zlib
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from advgame_kernels import byte_sums
 from torch import Tensor
 
 from advgame.errors import InputError
+from advgame.publish import host
 from advgame.publish.plan import Plan
-
-HUGE = 8 << 20
-"""Bytes from which on shared memory asks for huge pages."""
 
 
 class Arena:
     """`size` bytes of zeros, shared. `path` is where a child of this process (same user) opens it, until `close`."""
 
-    def __init__(self, size: int, field: str = "rollout.vllm.transport"):
-        """Raises InputError naming `field` if this machine has not that much memory free, or has no memfd."""
-        if not hasattr(os, "memfd_create"):
-            raise InputError(f"{field}: shm needs Linux (memfd); set loader")
-        free = free_bytes()
-        if size > free:
-            raise InputError(
-                f"{field}: shm needs {size / 2**30:.2f} GiB of shared memory, {free / 2**30:.2f} GiB are free; "
-                "free memory, or use a smaller model or rollout.dtype: bfloat16"
-            )
+    def __init__(self, size: int):
+        """Raises InputError if this machine has not that much memory free, or our extension was not built."""
+        check_free(size, "shm")
         self.size = size
-        self._fd: int | None = os.memfd_create("advgame-weights", os.MFD_CLOEXEC)
-        os.truncate(self._fd, max(size, mmap.PAGESIZE))
-        self.bytes = mapped(f"/proc/self/fd/{self._fd}", size)
+        try:
+            self._memory = host.require("shm").SharedMemory(max(size, 1))
+        except OSError as error:
+            raise InputError(f"{host.FIELD}: shm gets no shared memory: {error.strerror}; set loader") from error
+        self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
 
     @property
     def path(self) -> str:
-        return f"/proc/{os.getpid()}/fd/{self._fd}"
+        return f"/proc/{os.getpid()}/fd/{self._memory.descriptor}"
 
     def close(self) -> None:
         """No one can map it any more; the memory goes when the last view of either side does."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        self._memory.close_file()
 
 
 class SharedMemory:
     """One arena for all ranks of an engine on this machine, made when their plans are known."""
 
-    def __init__(self, field: str = "rollout.vllm.transport"):
-        self._field = field
+    def __init__(self) -> None:
         self._arena: Arena | None = None
         self.parts: list[Tensor] = []
 
@@ -67,7 +54,7 @@ class SharedMemory:
         sizes = [plan.layout()[1] for plan in plans]
         starts = [sum(sizes[:rank]) for rank in range(len(sizes))]
         self.close()
-        self._arena = Arena(sum(sizes), self._field)
+        self._arena = Arena(sum(sizes))
         self.parts = [self._arena.bytes[a : a + n] for a, n in zip(starts, sizes, strict=True)]
         path = self._arena.path
         return [{"kind": "shm", "path": path, "start": a, "size": n} for a, n in zip(starts, sizes, strict=True)]
@@ -86,17 +73,7 @@ class SharedMemory:
 
 def mapped(path: str, size: int) -> Tensor:
     """A writable uint8 tensor over a shared file; it holds the mapping. OSError or ValueError: not there, too small."""
-    with open(path, "r+b") as file:
-        have = os.fstat(file.fileno()).st_size
-        if have < size:
-            raise ValueError(f"the shared file has {have} bytes, the plan needs {size}")
-        memory = mmap.mmap(file.fileno(), max(size, mmap.PAGESIZE))
-    if size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a hint: fewer entries of page tables for those who write and read all of it
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.frombuffer(memory, dtype=torch.uint8)[: max(size, 1)]
+    return torch.frombuffer(host.require("shm").SharedMemory(path, max(size, 1)), dtype=torch.uint8)
 
 
 def flat_view(arena: Tensor, offset: int, elements: int, dtype: torch.dtype) -> Tensor:
@@ -105,23 +82,28 @@ def flat_view(arena: Tensor, offset: int, elements: int, dtype: torch.dtype) -> 
 
 
 def checksum(tensor: Tensor) -> int:
-    """Of a tensor's bytes, in the order of its elements: crc32 on the CPU, `device_checksum` elsewhere."""
-    data: Any = tensor.detach().contiguous().flatten().view(torch.uint8)
-    return zlib.crc32(data.numpy()) if data.device.type == "cpu" else device_checksum(data)
+    """Of a tensor's bytes, in the order of its elements; the same wherever it lies."""
+    return checksums([tensor])[0]
 
 
-def device_checksum(data: Tensor) -> int:
-    """Sum of bytes (uint8), each times an odd number that belongs to its place, modulo 2^64: nothing leaves the device.
+def checksums(tensors: Sequence[Tensor]) -> list[int]:
+    """Of each tensor, on one device: one launch, one read (`advgame_kernels.byte_sums`)."""
+    return unsigned(byte_sums([tensor.detach().contiguous() for tensor in tensors]))
 
-    A change of one byte always shows; so do places that were swapped, unless their numbers agree modulo 2^16.
-    """
-    total = 0
-    for start in range(0, data.numel(), 1 << 24):
-        part = data[start : start + (1 << 24)].to(torch.int64)
-        places = torch.arange(start, start + part.numel(), device=part.device)
-        # 40503 is 2^16 over the golden ratio: neighbours get far numbers
-        total += int((part * ((places * 40503 & 0xFFFF) * 2 + 1)).sum())
-    return total & (2**64 - 1)
+
+def unsigned(sums: Tensor) -> list[int]:
+    """Plain numbers of 64 bits."""
+    return [n & (2**64 - 1) for n in sums.tolist()]
+
+
+def check_free(size: int, transport: str) -> None:
+    """InputError if this machine has not `size` bytes of memory free: the kernel gives more away than there is."""
+    free = free_bytes()
+    if size > free:
+        raise InputError(
+            f"{host.FIELD}: {transport} needs {size / 2**30:.2f} GiB of shared memory, {free / 2**30:.2f} GiB are "
+            "free; free memory, or use a smaller model or rollout.dtype: bfloat16"
+        )
 
 
 def free_bytes() -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from advgame.publish import arena
 from advgame.publish.arena import checksum, flat_view, mapped
 from advgame.publish.plan import Copy, Plan
 from advgame.publish.record import view_of
@@ -55,7 +56,8 @@ def flats_of(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
 def checksums(model: nn.Module, plan: Plan) -> dict[str, int]:
     """A checksum of every storage, read through the model's own parameters."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {storage.name: checksum(parameters[storage.parameters[0]].data) for storage in plan.storages}
+    found = arena.checksums([parameters[storage.parameters[0]].data for storage in plan.storages])
+    return {storage.name: own for storage, own in zip(plan.storages, found, strict=True)}
 
 
 def copied_checksums(plan: Plan, flats: Mapping[str, Tensor]) -> dict[str, int]:

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from advgame.publish.arena import SharedMemory, checksum, flat_view
-from advgame.publish.cuda_memory import CudaMemory, refuse_expandable
+from advgame.publish import host
+from advgame.publish.arena import SharedMemory
+from advgame.publish.cuda_memory import CudaMemory
 from advgame.publish.destinations import Destinations
 from advgame.publish.loader import LoaderChannel
 from advgame.publish.meeting import Meeting
@@ -95,6 +96,9 @@ class ArenaChannel(NoTurns):
         self.plans = plans
         self._made = Destinations(plans, self._memory.parts, self._device)
 
+    def expect(self, *, verify: bool) -> None:
+        self.destinations.verify, self.destinations.summed = verify, False
+
     async def deliver(self, llm: Any, *, verify: bool) -> None:
         """Places what was staged, fences; with `verify` the engine compares plan and checksums, and raises."""
         self.destinations.settle()
@@ -108,13 +112,7 @@ class ArenaChannel(NoTurns):
 
     def checksums(self) -> list[dict[str, int]]:
         """Of every storage as the trainer sees it, by rank."""
-        found = []
-        for plan, part in zip(self.plans, self._memory.parts, strict=True):
-            offsets, _ = plan.layout()
-            found.append(
-                {s.name: checksum(flat_view(part, offsets[s.name], s.bytes, torch.uint8)) for s in plan.storages}
-            )
-        return found
+        return self.destinations.checksums()
 
     def close(self) -> None:
         """Drops this side's memory; shared mappings go with the engine's, CUDA memory is the trainer's own."""
@@ -134,6 +132,11 @@ class ShmChannel(ArenaChannel):
     def __init__(self, model: str, sources: Sequence[Source]):
         super().__init__(model, sources, SharedMemory())
 
+    def prepare(self) -> dict[str, str]:
+        """InputError: our extension was not built."""
+        host.require("shm")
+        return super().prepare()
+
 
 class IpcChannel(ArenaChannel):
     """CUDA IPC: engines on GPUs of this node. device: where the trainer's averages live."""
@@ -142,12 +145,13 @@ class IpcChannel(ArenaChannel):
         super().__init__(model, sources, CudaMemory(), device)
 
     def prepare(self) -> dict[str, str]:
-        refuse_expandable()
+        """InputError: our extension was not built, or finds no CUDA runtime."""
+        host.cuda()
         return super().prepare()
 
 
 class AutoChannel(NoTurns):
-    """Direct writes where the plan allows them, else the loader; `notes` says why."""
+    """Direct writes where the plan allows them and our extension is there, else the loader; `notes` says why."""
 
     direct = True
 
@@ -156,6 +160,8 @@ class AutoChannel(NoTurns):
         self._loader = LoaderChannel(sources, dtype)
         self.used: ArenaChannel | LoaderChannel = self._arena
         self.notes: tuple[str, ...] = ()
+        if reason := host.missing():
+            self._through_the_loader([reason])
 
     @property
     def destinations(self) -> Mapping[str, Tensor]:
@@ -169,9 +175,15 @@ class AutoChannel(NoTurns):
             try:
                 return await self._arena.attach(llm)
             except PlanRefused as refusal:
-                self.notes = (f"weights go through vLLM's loader, which is slower: {'; '.join(refusal.reasons[:3])}",)
-                self.used = self._loader
+                self._through_the_loader(refusal.reasons)
         return await self._loader.attach(llm)
+
+    def _through_the_loader(self, reasons: Sequence[str]) -> None:
+        self.notes = (f"weights go through vLLM's loader, which is slower: {'; '.join(reasons[:3])}",)
+        self.used = self._loader
+
+    def expect(self, *, verify: bool) -> None:
+        self.used.expect(verify=verify)
 
     async def deliver(self, llm: Any, *, verify: bool) -> None:
         await self.used.deliver(llm, verify=verify)

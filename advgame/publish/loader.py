@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from advgame.publish.arena import Arena, checksum, flat_view
+from advgame.publish.arena import check_free, checksums, flat_view
 from advgame.publish.plan import ALIGNMENT, Source
 from advgame.rollout.channel import NoTurns
 
@@ -28,7 +29,8 @@ class LoaderChannel(NoTurns):
         self.sources, self.dtype = tuple(sources), dtype
         self.notes: tuple[str, ...] = ()
         self._entries: list[list[Any]] = []
-        self._arena: Arena | None = None
+        self._file: int | None = None
+        self._size = 0
         self._tensors: dict[str, Tensor] = {}
 
     @property
@@ -39,7 +41,7 @@ class LoaderChannel(NoTurns):
         return {}
 
     async def attach(self, llm: Any) -> None:
-        if self._arena is not None:
+        if self._file is not None:
             return  # the file is this side's; a new engine opens it at each delivery
         dtype = getattr(torch, self.dtype)
         end = 0
@@ -47,20 +49,30 @@ class LoaderChannel(NoTurns):
             elements = torch.Size(source.shape).numel()
             self._entries.append([source.name, self.dtype, list(source.shape), end])
             end += -(-elements * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        self._arena = Arena(end)
+        check_free(end, "loader")
+        self._file, self._size = os.memfd_create("advgame-loader", os.MFD_CLOEXEC), max(end, 1)
+        whole = file_tensor(self._path, self._size)
         self._tensors = {
-            name: flat_view(self._arena.bytes, offset, torch.Size(shape).numel(), dtype).view(shape)
+            name: flat_view(whole, offset, torch.Size(shape).numel(), dtype).view(shape)
             for name, _, shape, offset in self._entries
         }
 
     async def deliver(self, llm: Any, *, verify: bool) -> None:
-        assert self._arena is not None
-        sums = {name: checksum(tensor) for name, tensor in self._tensors.items()} if verify else None
-        await llm.collective_rpc("advgame_load", args=(self._arena.path, self._arena.size, self._entries, sums))
+        sums = dict(zip(self._tensors, checksums(list(self._tensors.values())), strict=True)) if verify else None
+        await llm.collective_rpc("advgame_load", args=(self._path, self._size, self._entries, sums))
 
     def close(self) -> None:
         self._tensors = {}
         self._entries = []
-        if self._arena is not None:
-            self._arena.close()
-            self._arena = None
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    @property
+    def _path(self) -> str:
+        return f"/proc/{os.getpid()}/fd/{self._file}"
+
+
+def file_tensor(path: str, size: int) -> Tensor:
+    """A uint8 tensor over a shared file, by torch alone: this way must be there where our extension is not."""
+    return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)

@@ -19,13 +19,15 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
+from advgame.errors import InputError
 from advgame.publish import group as groups
 from advgame.publish import plugin
 from advgame.publish.adapter import Place, place_of, place_of_worker
-from advgame.publish.arena import checksum, flat_view, mapped
+from advgame.publish.arena import checksum, flat_view
 from advgame.publish.binding import bind, checksums, compare, copied_checksums, flats_of, open_part
 from advgame.publish.buckets import Layout, Unpacker
 from advgame.publish.cuda_memory import device_id
+from advgame.publish.loader import file_tensor
 from advgame.publish.meeting import VARIABLE, Call
 from advgame.publish.pieces import PieceReceiver, digest, messages_of
 from advgame.publish.plan import Plan, Source
@@ -64,7 +66,7 @@ class PublishEngine(WeightTransferEngine):
                 return
             try:
                 part = open_part(memory, place.device)
-            except (OSError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError, InputError) as error:
                 call.settled([f"the trainer's memory cannot be opened: {' '.join(str(error).split())}"])
                 return
             self.flats = bind(place.model, plan, part)
@@ -204,7 +206,7 @@ class PublishWorker:
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-        arena, read = mapped(path, size), dict[str, int]()
+        arena, read = file_tensor(path, size), dict[str, int]()
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             for name, dtype, shape, offset in entries:

@@ -38,6 +38,9 @@ class Channel(Protocol):
     def turn(self) -> AbstractAsyncContextManager[None]:
         """Held from before a write to the end of its delivery, where channels share who sends."""
 
+    def expect(self, *, verify: bool) -> None:
+        """Before a write: whether its delivery will be verified, so that the write may take the checksums."""
+
     async def deliver(self, llm: Any, *, verify: bool) -> None:
         """After a write and before the engine runs again: whatever is left until it reads the new weights."""
 
@@ -45,10 +48,13 @@ class Channel(Protocol):
 
 
 class NoTurns:
-    """For a channel that shares nothing with others."""
+    """For a channel that shares nothing with others, and takes its checksums itself."""
 
     def turn(self) -> AbstractAsyncContextManager[None]:
         return nullcontext()
+
+    def expect(self, *, verify: bool) -> None:
+        """Nothing to prepare."""
 
 
 class WriteFailed(Exception):
@@ -59,8 +65,9 @@ class WriteFailed(Exception):
         self.error = error
 
 
-def written_into(channel: Channel, write: Write) -> None:
+def written_into(channel: Channel, write: Write, *, verify: bool) -> None:
     """Raises WriteFailed with whatever `write` raises."""
+    channel.expect(verify=verify)
     try:
         write(channel.destinations)
     except Exception as error:

@@ -161,6 +161,7 @@ class VllmEngine:
 
         every = self.settings.verify_every
         self._publishes += 1
+        verify = bool(every) and self._publishes % every == 0
         try:
             if (process := self._process) is None:  # it died between the caller's look and the lock
                 raise EngineDied(f"{self.name}: the engine's process ended")
@@ -170,9 +171,9 @@ class VllmEngine:
             async with self._channel.turn():
                 marks[-1] = time.perf_counter()
                 written = True
-                written_into(self._channel, write)
+                written_into(self._channel, write, verify=verify)
                 marks.append(time.perf_counter())
-                await part(self._channel.deliver(process, verify=bool(every) and self._publishes % every == 0))
+                await part(self._channel.deliver(process, verify=verify))
             await part(process.reset_caches())
             await part(process.stamp(version))
             self._version = version

@@ -32,7 +32,7 @@ async def opened(
                 await channel.attach(process)
                 if write is not None:
                     async with channel.turn():
-                        written_into(channel, write)
+                        written_into(channel, write, verify=True)
                         await channel.deliver(process, verify=True)
                     await process.reset_caches()
             await process.stamp(version())

@@ -116,10 +116,10 @@ def check_machine(settings: VllmSettings, *, publishes: bool) -> None:
         raise InputError("rollout.vllm.transport: shm is for engines on the CPU; set ipc (or auto) on GPUs")
     if publishes and transport == "ipc" and cpu:
         raise InputError("rollout.vllm.transport: ipc needs GPUs, and torch sees none here; set shm (or auto)")
-    if publishes and not cpu and transport in ("ipc", "auto"):
-        from advgame.publish.cuda_memory import refuse_expandable
+    if publishes and transport in ("shm", "ipc"):
+        from advgame.publish import host
 
-        refuse_expandable()
+        host.require(transport)
     if publishes and transport == "collective":
         from advgame.publish.group import open_store
 

@@ -14,6 +14,7 @@ from advgame_kernels.logprobs import selective_logprobs, selective_logprobs_ref
 from advgame_kernels.policy import policy_loss, policy_loss_ref
 from advgame_kernels.preference import preference_loss, preference_loss_ref
 from advgame_kernels.preference_kinds import KINDS, REFERENCE_FREE
+from advgame_kernels.sums import PreparedSums, byte_sums, byte_sums_ref
 from advgame_kernels.types import LogProbs, PolicyOutput, PreferenceOutput
 
 __all__ = [
@@ -23,6 +24,9 @@ __all__ = [
     "PolicyOutput",
     "PreferenceOutput",
     "PreparedEma",
+    "PreparedSums",
+    "byte_sums",
+    "byte_sums_ref",
     "ema_decay",
     "ema_update_",
     "ema_update_ref_",

@@ -23,7 +23,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from advgame_kernels import ema_triton, passes_triton, policy_triton, preference_triton
+from advgame_kernels import ema_triton, passes_triton, policy_triton, preference_triton, sums_triton
 
 _TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
@@ -99,6 +99,13 @@ def variants() -> Iterator[Variant]:
             f"ema[{shadow}, {param} to {publish}]", ema_triton.ema_kernel,
             {"table": "*i64", "step": "*fp32", "seed": "i32", "tensors": "i32"},
             constants, ("table", "step"), ema_triton.OPTIONS,
+        )  # fmt: skip
+    for words in (True, False):
+        yield Variant(
+            f"sums[{'words' if words else 'bytes'}]", sums_triton.sums_kernel,
+            {"table": "*i64", "out": "*i64", "tensors": "i32"},
+            {"WORDS": words, "BISECTIONS": 9, "BLOCKS": sums_triton.BLOCKS, "BLOCK": sums_triton.BLOCK},
+            ("table", "out"), sums_triton.OPTIONS,
         )  # fmt: skip
     pointers = {"logps": "*fp32", "entropy": "*fp32", "bounds": "*i64", "counts": "*i64", "ref": "*fp32",
                 "scale": "*fp64", "terms": "*fp64", "d_logps": "*fp32", "d_entropy": "*fp32"}  # fmt: skip

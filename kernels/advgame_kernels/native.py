@@ -164,3 +164,9 @@ def ema_run(table: EmaTable, step: float, seed: int = 0) -> None:
     among all of the table, on nothing else.
     """
     _native.ema_update(table, step, seed % (1 << 64), torch.get_num_threads())
+
+
+def byte_sums(tensors: Sequence[Tensor], out: Tensor) -> None:
+    """C++ twin of sums.byte_sums_ref: contiguous tensors on the CPU, out (n,) int64."""
+    entries = [(t.data_ptr(), t.numel() * t.element_size()) for t in tensors]
+    _native.byte_sums(entries, out.data_ptr(), torch.get_num_threads())

@@ -84,3 +84,26 @@ def test_fingerprints_see_address_shape_stride_dtype_and_plan():
     assert len(seen) == 6
     assert fingerprint([x]) == fingerprint([x.view(4, 6)])
     assert fingerprint([x], "plan") != fingerprint([x])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_verified_pass_takes_the_sums_of_what_the_engine_reads(world):
+    """In the pass that is asked for them, after the copies; whoever only reads them takes them himself."""
+    served, parts = served_by(world)
+    shadow, live, made = tensors(0), tensors(1), PublishPass()
+    for verify in (False, True, True, False):
+        served.verify, served.summed = verify, False
+        made(shadow, live, served, 0.5)
+        assert served.summed == verify
+        if verify:
+            parts[0][0] += 1  # after the pass: what counts is what was written
+        found = served.checksums()
+        if verify:
+            parts[0][0] -= 1
+        for rank, sums in enumerate(found):
+            plan = plan_of(rank, world)
+            offsets, _ = plan.layout()
+            whole = [parts[rank][offsets[s.name] :][: s.bytes] for s in plan.storages]
+            assert list(sums.values()) == [n % 2**64 for n in ak.byte_sums_ref(whole).tolist()]
+    assert made.builds == 1
+    assert found == served.checksums()

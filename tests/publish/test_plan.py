@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from advgame.publish import host
 from advgame.publish.arena import Arena, mapped
 from advgame.publish.destinations import Destinations
 from advgame.publish.plan import Plan, Source
 from advgame.publish.record import PlanRefused, reasons_against, record
 
 ROWS, WIDE, VOCAB = 4, 6, 5
+NEEDS_HOST = pytest.mark.skipif(host.missing() is not None, reason="no extension")
 
 
 class Fused(nn.Module):
@@ -89,6 +91,7 @@ def test_plans_differ_where_the_layout_does():
     assert "+ copy v [0: 2x6] -> qkv [24: 2x6]" in lines
 
 
+@NEEDS_HOST
 @pytest.mark.parametrize("world", [1, 2])
 def test_what_is_written_is_what_the_loader_would_have_loaded(world):
     tensors = {s.name: torch.randn(s.shape) for s in SOURCES}
@@ -155,6 +158,7 @@ def test_models_that_are_refused_as_such():
     assert reasons_against(quantised=None, mla=False, experts=False) == []
 
 
+@NEEDS_HOST
 def test_an_arena_is_shared_and_bounded():
     arena = Arena(1000)
     other = mapped(arena.path, 1000)
@@ -165,8 +169,11 @@ def test_an_arena_is_shared_and_bounded():
     arena.close()
     other[18] = 6  # mappings outlive the file
     assert arena.bytes[18] == 6
+    with pytest.raises(FileNotFoundError):
+        mapped(arena.path, 1000)
 
 
+@NEEDS_HOST
 def test_too_little_memory_is_one_clear_line(monkeypatch):
     from advgame.errors import InputError
     from advgame.publish import arena
@@ -174,3 +181,9 @@ def test_too_little_memory_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(arena, "free_bytes", lambda: 2**30)
     with pytest.raises(InputError, match=r"rollout\.vllm\.transport: shm needs 4\.00 GiB .* 1\.00 GiB are free; free"):
         Arena(2**32)
+    monkeypatch.setattr(arena, "free_bytes", lambda: 2**70)
+    with pytest.raises(InputError, match=r"rollout\.vllm\.transport: shm gets no shared memory: .*; set loader"):
+        Arena(2**62)
+    monkeypatch.setattr(host, "_host", None)
+    with pytest.raises(InputError, match=r"shm cannot be used, the C\+\+ extension of publishing is not there"):
+        Arena(1)

@@ -92,7 +92,7 @@ def test_the_loader_serves_the_same(runner, tmp_path, monkeypatch):
             assert_serves(runner, engine, model, version)
         assert not engine.counters["defender_publish_failures"]
         # what was read is not what was written
-        monkeypatch.setattr("advgame.publish.loader.checksum", lambda tensor: 1)
+        monkeypatch.setattr("advgame.publish.loader.checksums", lambda tensors: [1] * len(tensors))
         runner.run(engine.publish(3, writer(second)))
         assert engine.counters["defender_restarts"] == engine.counters["defender_publish_failures"] == 1
     finally:

@@ -7,6 +7,7 @@ import models
 import pytest
 
 from advgame.errors import InputError
+from advgame.publish import host
 from advgame.rollout import vllm_start
 from advgame.rollout.settings import VllmSettings
 
@@ -68,12 +69,15 @@ def test_a_transport_that_this_machine_does_not_have(monkeypatch, cpu, transport
     vllm_start.check_machine(VllmSettings(transport=transport), publishes=False)
 
 
-@pytest.mark.parametrize("transport", ["auto", "ipc"])
-def test_expandable_segments_are_refused_before_anything_starts(monkeypatch, transport):
-    monkeypatch.setattr(vllm_start, "on_cpu", lambda: False)
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    with pytest.raises(InputError, match=r"expandable segments; take expandable_segments:True out of PYTORCH_CUDA"):
+@pytest.mark.parametrize(("cpu", "transport"), [(True, "shm"), (False, "ipc")])
+def test_an_extension_that_was_not_built_is_named_before_anything_starts(monkeypatch, cpu, transport):
+    monkeypatch.setattr(vllm_start, "on_cpu", lambda: cpu)
+    monkeypatch.setattr(host, "_host", None)
+    says = rf"rollout\.vllm\.transport: {transport} cannot be used, the C\+\+ .*pip install -e \. \(or set loader\)"
+    with pytest.raises(InputError, match=says):
         vllm_start.check_machine(VllmSettings(transport=transport), publishes=True)
+    for other in ("auto", "loader"):
+        vllm_start.check_machine(VllmSettings(transport=other), publishes=True)
 
 
 def test_a_small_shared_memory_names_need_and_mend(monkeypatch):
