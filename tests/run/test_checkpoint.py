@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from advgame.errors import InputError
-from advgame.run import checkpoint as subject
+from advgame.learn import stored
+from advgame.run import player_files as subject
 from advgame.run.checkpoint import load_into, save_checkpoint
 from advgame.run.checkpoint_files import (
     CheckpointError,
@@ -343,7 +344,10 @@ def test_sharded_folder_and_unfamiliar_tensor_names_load(folder, monkeypatch):
         def keys(self):
             return ["some.other.name"]
 
-    monkeypatch.setattr(subject, "safe_open", Renamed)
+        def get_tensor(self, name):
+            return torch.zeros(1)
+
+    monkeypatch.setattr(stored, "safe_open", Renamed)
     other = player_of(seed=9, ema=False)
     load_into(path, {"defender": other}, verify=False)
     assert_same(tensors_of(other), tensors_of(saved))
