@@ -98,33 +98,31 @@ class Layout:
         own: its pieces. Every writer gets one parameter at a time, all of them at once.
         """
         if self.replicated:
-            mine = dict(self.writers).get(team.rank, [])
-            copies = {name: own[name].to("cpu", torch.float32, copy=True) for name in mine}
+            names = dict(self.writers).get(team.rank, [])
+            copies = {name: own[name].to("cpu", torch.float32, copy=True) for name in names}
             return {name: copy.view(self.shapes[name]) for name, copy in copies.items()}
         wholes: dict[str, Tensor] = {}
-        for turn in zip_longest(*(names for _, names in self.writers)):
+        for turn in zip_longest(*(share for _, share in self.writers)):
+            named = zip(self.writers, turn, strict=True)
+            wanted: dict[int, str] = {writer: name for (writer, _), name in named if name is not None}
+            mine = wanted.get(team.rank)
+            whole = torch.empty(math.prod(self.shapes[mine]) if mine else 0, device=team.device)
             moves: list[dist.P2POp] = []
-            whole = torch.empty(0)
-            for (writer, _), name in zip(self.writers, turn, strict=True):
-                if name is None:
-                    continue
-                if writer == team.rank:
-                    whole = torch.empty(math.prod(self.shapes[name]), device=team.device)
+            for writer, name in wanted.items():
                 for rank, held in self.givers:
-                    (start, length), piece = held[name], own[name]
-                    if not length or team.rank not in (rank, writer):
+                    start, length = held[name]
+                    if not length:
                         continue
-                    if writer == team.rank == rank:
-                        whole.narrow(0, start, length).copy_(piece)
+                    if writer == rank == team.rank:
+                        whole.narrow(0, start, length).copy_(own[name])
                     elif writer == team.rank:
                         into = whole.narrow(0, start, length)
                         moves.append(dist.P2POp(dist.irecv, into, self.members.index(rank)))
-                    else:
-                        piece = piece.to(team.device, torch.float32).contiguous()
+                    elif rank == team.rank:
+                        piece = own[name].to(team.device, torch.float32).contiguous()
                         moves.append(dist.P2POp(dist.isend, piece, self.members.index(writer)))
             for move in dist.batch_isend_irecv(moves) if moves else ():
                 move.wait()
-            for (writer, _), name in zip(self.writers, turn, strict=True):
-                if writer == team.rank and name is not None:
-                    wholes[name] = whole.cpu().view(self.shapes[name])
+            if mine:
+                wholes[mine] = whole.cpu().view(self.shapes[mine])
         return wholes

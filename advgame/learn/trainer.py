@@ -138,6 +138,9 @@ class Trainer(ABC):
     def serve_into(self, served: Mapping[str, Tensor]) -> None:
         """Writes the weights that sample, as they are, into an engine's tensors (a resumed run's first publish)."""
 
+    def check_folder(self, folder: Path) -> None:  # noqa: B027  (who trains in this process sees what it sees)
+        """Raises InputError unless everybody who holds the player can write into a folder of this process."""
+
     @abstractmethod
     def whole(self) -> Whole:
         """All that a checkpoint holds of this player."""

@@ -102,6 +102,9 @@ class Shardholder:
     def _send(self, shard: ZeroShard, message: Json) -> Json:
         return self.sending.send(shard.shards.layout, shard.pieces(message["what"]), message)
 
+    def _sees(self, shard: ZeroShard, message: Json) -> list[str]:
+        return self.files.blind(Path(message["folder"]), writes=True)
+
     def _write(self, shard: ZeroShard, message: Json) -> list[str]:
         return self.files.write(shard, message)
 

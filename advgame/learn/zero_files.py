@@ -32,19 +32,20 @@ SEEN_S = 10.0
 
 
 class Files:
-    """A member's part. Both calls are made by all members together, and return what is wrong anywhere."""
+    """A member's part. Every call is made by all members together, and returns what is wrong anywhere."""
 
     def __init__(self, team: Team):
         self._team = team
         self._thread = ThreadPoolExecutor(1, "part")
-        self._writing: Future[None] | None = None
+        self._writing: list[Future[None]] = []
 
     def write(self, shard: ZeroShard, message: Json) -> list[str]:
         """Copies what this rank writes into host memory; writes it in a thread if `message` says beside."""
-        if self._writing is not None:
-            self._writing.result()  # a note that could not be left is told now at the latest
+        for ended in [work for work in self._writing if work.done()]:
+            self._writing.remove(ended)
+            ended.result()  # a note that could not be left is told now at the latest
         folder, player = Path(message["folder"]), message["name"]
-        if errors := self._all(self._blind(folder, writes=True)):
+        if errors := self.blind(folder, writes=True):
             return errors
         layout, steps = shard.shards.layout, shard.shards.steps
         held = {
@@ -57,7 +58,7 @@ class Files:
             files = _files(shard, steps, held, player, number, of)
             work = partial(write_part, folder, note_name(player, number, of), files, self._who)
             if message["beside"]:
-                self._writing = self._thread.submit(work)
+                self._writing.append(self._thread.submit(work))
             else:
                 work()
         return []
@@ -65,7 +66,7 @@ class Files:
     def read(self, shard: ZeroShard, message: Json) -> list[str]:
         """Fills this rank's pieces from a checkpoint that any number of ranks has written."""
         folder, player, previous = Path(message["folder"]), message["name"], message["previous"]
-        if errors := self._all(self._blind(folder, writes=False)):
+        if errors := self.blind(folder, writes=False):
             return errors
         spans = shard.shards.layout.held[self._team.members.index(self._team.rank)]
         error = None
@@ -97,8 +98,11 @@ class Files:
     def _all(self, error: str | None) -> list[str]:
         return [text for text in self._team.ranks.gather(error) if text is not None]
 
+    def blind(self, folder: Path, *, writes: bool) -> list[str]:
+        """Why members cannot work in a folder that rank 0 sees."""
+        return self._all(self._blind(folder, writes=writes))
+
     def _blind(self, folder: Path, *, writes: bool) -> str | None:
-        """Why this rank cannot work in a folder that rank 0 sees."""
         how, give_up = os.R_OK | os.X_OK | (os.W_OK if writes else 0), time.monotonic() + SEEN_S
         while not (seen := os.access(folder, how)) and time.monotonic() < give_up:
             time.sleep(0.1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from advgame.errors import InputError
 from advgame.game.pairs import Group, Pair
 from advgame.game.tree import Sample
 from advgame.learn.layout import Layout
@@ -143,6 +144,10 @@ class DeepSpeedLearner(Trainer):
 
     def take(self, whole: Whole) -> None:
         """The ranks took theirs when it was read."""
+
+    def check_folder(self, folder: Path) -> None:
+        if errors := self._call("sees", folder=str(folder.absolute())):
+            raise InputError(errors[0])
 
     def write(self, folder: Path, player: str, *, beside: bool) -> Callable[[], Mapping[str, Written]]:
         folder = folder.absolute()

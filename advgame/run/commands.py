@@ -149,6 +149,8 @@ def _play(
             stage.update(role, step, loss=loss)
 
         session = open_session(plan, progress=progress)
+    for learner in session.learners.values():
+        learner.check_folder(folder.checkpoints)  # now, not in the first checkpoint hours later
     progress_of_run = Progress()
     if checkpoint is not None:
         progress_of_run = _restore(session, checkpoint)

@@ -71,6 +71,8 @@ def test_ranks_that_fail_are_named_and_cost_one_checkpoint(saves):
         assert "earlier checkpoints are intact" in found[kind]
         assert "\n" not in found[kind]
     assert "put run.root on a file system that all ranks share, at the same path" in found["blind"]
+    assert found["blind start"].startswith("InputError: trainer rank 1 on ")
+    assert " does not see " in found["blind start"]
     assert "step-000001, player player: cannot be read (trainer rank 1 on " in found["blind read"]
     assert found["left"] == ["step-000001"]
     assert found["kept"] is None

@@ -189,6 +189,7 @@ def main(player: Path, folder: Path, what: str, attacker_ranks: int | None, fail
     kept = saved.save(other, folder / "failing", 1)
     for kind in ("full", "blind"):
         results[kind] = failing.raised(kind, lambda: saved.save(other, folder / "failing", 2))
+    results["blind start"] = failing.raised("blind", lambda: other.check_folder(folder))
     results["blind read"] = failing.raised("blind", lambda: saved.load(kept, other))
     results["left"] = sorted(p.name for p in (folder / "failing").iterdir())
     results["kept"] = checkpoint_problem(kept)
