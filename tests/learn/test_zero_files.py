@@ -2,6 +2,7 @@
 or dies meanwhile leaves the checkpoints before intact."""
 
 import json
+from pathlib import Path
 
 import models
 import pytest
@@ -11,7 +12,8 @@ from test_deepspeed import ROOT, needs_deepspeed, torchrun
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from advgame.learn.load import load_model, outline
-from advgame.learn.part_files import divide
+from advgame.learn.part_files import await_parts, divide, index, numbered, write_part
+from advgame.learn.stored import copy_model, files_of, stored
 from advgame.learn.zero_files import as_stored
 from advgame.run.checkpoint_files import checkpoint_problem, latest_checkpoint, prune_checkpoints
 
@@ -132,9 +134,27 @@ def test_families_that_are_stored_otherwise_are_divided_so_that_they_load(tmp_pa
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     named = dict(whole.named_parameters())
     assert any("experts.gate_up_proj" in name for name in named)
-    made = {}
-    for part in divide({n: p.shape for n, p in named.items()}, writers):
-        made |= as_stored(whole, {name: named[name].detach() for name in part})
+    folder, files = tmp_path / "parts" / "p", {}
+    folder.mkdir(parents=True)
+    parts = [part for part in divide({n: p.shape for n, p in named.items()}, writers) if part]
+    for i, part in enumerate(parts):
+        own = as_stored(whole, {name: named[name].detach() for name in part})
+        write_part(tmp_path / "parts", f"note-{i}", {numbered("p/model", i, len(parts)): lambda own=own: own}, "")
+        files |= await_parts(tmp_path / "parts", {f"note-{i}": i}, lambda: None)
+    made = dict(stored(files_of(folder, "model")))
     expected = load_file(tmp_path / "whole" / "model.safetensors")
     assert made.keys() == expected.keys()
     assert all(torch.equal(made[name], tensor) for name, tensor in expected.items())
+
+    # what ranks read of it, and transformers
+    whole.config.save_pretrained(folder)
+    if len(parts) > 1:
+        weights = index({Path(name).name: one for name, one in files.items()}, whole.num_parameters())
+        (folder / "model.safetensors.index.json").write_text(json.dumps(weights))
+    spans = {name: (p.numel() // 3, p.numel() - 2 * (p.numel() // 3)) for name, p in named.items()}
+    pieces = {name: torch.empty(length) for name, (_, length) in spans.items()}
+    copy_model(folder, whole, pieces, spans)
+    again = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    for name, (start, length) in spans.items():
+        assert torch.equal(pieces[name], named[name].detach().view(-1)[start : start + length])
+        assert torch.equal(again[name], named[name])
