@@ -1,7 +1,7 @@
-"""Which rank holds which piece of a sharded player, and how pieces travel to and from rank 0.
+"""Which rank holds which piece of a sharded player, and how pieces come together, one parameter at a time.
 
-A piece is a run of a parameter's elements, flattened. Only checkpoints, and publishing to an engine in rank 0's own
-memory, bring pieces together here, one parameter at a time; rank 0 need not hold any of the player itself.
+A piece is a run of a parameter's elements, flattened. For an engine in rank 0's own memory they travel to rank 0, which
+need not hold any of the player itself; for a checkpoint to the ranks that write it.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from advgame.learn.part_files import divide
 from advgame.learn.team import Team
 
 Span = tuple[int, int]
@@ -82,24 +85,44 @@ class Layout:
             if own.numel():
                 team.send(own.contiguous(), 0)
 
-    @torch.no_grad()
-    def deal(self, wholes: Mapping[str, Tensor], own: Mapping[str, Tensor], team: Team) -> None:
-        """On rank 0: sends every member its pieces of whole float32 tensors, and fills its `own`."""
-        for name in self.shapes:
-            flat = wholes[name].to(team.device, torch.float32).reshape(-1)
-            for rank, held in zip(self.members, self.held, strict=True):
-                start, length = held[name]
-                part = flat.narrow(0, start, length)
-                if rank == 0:
-                    own[name].copy_(part)
-                elif length:
-                    team.send(part.contiguous(), rank)
+    @property
+    def writers(self) -> list[tuple[int, list[str]]]:
+        """(rank, parameters that it writes into a checkpoint) of every member that writes any."""
+        divided = divide(self.shapes, len(self.members))
+        return [(rank, names) for rank, names in zip(self.members, divided, strict=True) if names]
 
     @torch.no_grad()
-    def receive(self, pieces: Mapping[str, Tensor], team: Team) -> None:
-        """A member's part of `deal`."""
-        for name in self.shapes:
-            if pieces[name].numel():
-                part = torch.empty(pieces[name].shape, device=team.device)
-                team.receive(part, 0)
-                pieces[name].copy_(part)
+    def regroup(self, own: Mapping[str, Tensor], team: Team) -> dict[str, Tensor]:
+        """On every member, together: whole copies, float32 in host memory, of the parameters that this one writes.
+
+        own: its pieces. Every writer gets one parameter at a time, all of them at once.
+        """
+        if self.replicated:
+            names = dict(self.writers).get(team.rank, [])
+            copies = {name: own[name].to("cpu", torch.float32, copy=True) for name in names}
+            return {name: copy.view(self.shapes[name]) for name, copy in copies.items()}
+        wholes: dict[str, Tensor] = {}
+        for turn in zip_longest(*(share for _, share in self.writers)):
+            named = zip(self.writers, turn, strict=True)
+            wanted: dict[int, str] = {writer: name for (writer, _), name in named if name is not None}
+            mine = wanted.get(team.rank)
+            whole = torch.empty(math.prod(self.shapes[mine]) if mine else 0, device=team.device)
+            moves: list[dist.P2POp] = []
+            for writer, name in wanted.items():
+                for rank, held in self.givers:
+                    start, length = held[name]
+                    if not length:
+                        continue
+                    if writer == rank == team.rank:
+                        whole.narrow(0, start, length).copy_(own[name])
+                    elif writer == team.rank:
+                        into = whole.narrow(0, start, length)
+                        moves.append(dist.P2POp(dist.irecv, into, self.members.index(rank)))
+                    elif rank == team.rank:
+                        piece = own[name].to(team.device, torch.float32).contiguous()
+                        moves.append(dist.P2POp(dist.isend, piece, self.members.index(writer)))
+            for move in dist.batch_isend_irecv(moves) if moves else ():
+                move.wait()
+            if mine:
+                wholes[mine] = whole.cpu().view(self.shapes[mine])
+        return wholes

@@ -7,7 +7,8 @@ from pickle import UnpicklingError  # of a weights-only load that meets somethin
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from advgame.errors import InputError
@@ -25,7 +26,28 @@ def load_model(
         )
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise InputError(f"{field}: no weights load from {folder}: {first_line(error)}") from error
-    sampling = model.generation_config
-    if sampling is not None and not sampling.do_sample and (sampling.temperature or sampling.top_p or sampling.top_k):
-        sampling.do_sample = True  # else transformers refuses to save the folder again
+    _savable(model.generation_config)
     return model
+
+
+def outline(folder: Path, field: str, *, remote_code: bool = False) -> PreTrainedModel:
+    """The model of a folder without values: names, shapes and settings, float32 on torch's meta device."""
+    local = {"trust_remote_code": remote_code, "local_files_only": True}
+    try:
+        config = AutoConfig.from_pretrained(folder, **local)
+        with torch.device("meta"):
+            made: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=remote_code
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{field}: no model is described in {folder}: {first_line(error)}") from error
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        made.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    _savable(made.generation_config)
+    return made.eval()
+
+
+def _savable(sampling: GenerationConfig | None) -> None:
+    """Else transformers refuses to save the folder again."""
+    if sampling is not None and not sampling.do_sample and (sampling.temperature or sampling.top_p or sampling.top_k):
+        sampling.do_sample = True

@@ -20,7 +20,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def kinds(steps: float, *, averaged: bool, previous: bool) -> tuple[str, ...]:
-    """What is dealt out when a run goes on, in the order in which all ranks take it.
+    """What a checkpoint holds of a player, in the order in which all ranks write and read it.
 
     steps: that the optimizer has made. previous: whether there is an average before the last one.
     """

@@ -87,6 +87,11 @@ class Team:
         """A call that waits for other ranks: RanksDied when one of them dies, if somebody watches them."""
         return call() if self._watch is None else self._watch.unless_died(call)
 
+    def check(self) -> None:
+        """On rank 0: raises RanksDied if somebody is known to have died."""
+        if self._watch is not None:
+            self._watch.check()
+
     def call(self, message: Json, own: Call) -> Any:
         """On rank 0, in a turn: the result of the call, made by `own` here if rank 0 is a member."""
         return own(message) if 0 in self.members else json.loads(self._broadcast(None, self.members[0]))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from advgame_kernels import ema_decay
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from advgame.game.pairs import Group, Pair
 from advgame.game.tree import Sample
+from advgame.learn.part_files import Written
 from advgame.learn.reference import ReferenceChoice
 from advgame.learn.settings import LearnSettings
 
@@ -33,17 +35,34 @@ class SamplerGap:
     tokens: float
 
 
+class Elsewhere(Protocol):
+    """Ranks that hold a player's tensors, and write and read them themselves."""
+
+    def write(self, folder: Path, player: str, *, beside: bool) -> Callable[[], Mapping[str, Written]]:
+        """Has the ranks copy what they hold into host memory, and write it into a folder of a checkpoint.
+
+        beside: they write while this goes on. What is returned waits until all is on the disk, in any thread, and gives
+        the files by name. Both raise PartError.
+        """
+
+    def read(self, checkpoint: Path, player: str, previous: str | None) -> None:
+        """Has the ranks go on from a checkpoint. previous: stem of the files that the average before the last one comes
+        from; None: there shall be none. Raises PartError."""
+
+
 @dataclass
 class Whole:
-    """A player's training state, unsharded, as a checkpoint holds it: model with fp32 master weights, averages by name,
-    optimizer. previous may be replaced; whatever has been changed counts once `Trainer.take` has it. own: a copy, which
-    learning does not change."""
+    """A player's training state as a checkpoint holds it: model with fp32 master weights, averages by name, optimizer.
+
+    previous may be filled; whatever has been changed counts once `Trainer.take` has it. elsewhere: who holds the
+    values; the tensors here then have none (they are on torch's meta device).
+    """
 
     model: PreTrainedModel
     shadow: dict[str, Tensor]
     previous: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
-    own: bool = False
+    elsewhere: Elsewhere | None = None
 
 
 class Trainer(ABC):
@@ -118,6 +137,9 @@ class Trainer(ABC):
     @abstractmethod
     def serve_into(self, served: Mapping[str, Tensor]) -> None:
         """Writes the weights that sample, as they are, into an engine's tensors (a resumed run's first publish)."""
+
+    def check_folder(self, folder: Path) -> None:  # noqa: B027  (who trains in this process sees what it sees)
+        """Raises InputError unless everybody who holds the player can write into a folder of this process."""
 
     @abstractmethod
     def whole(self) -> Whole:

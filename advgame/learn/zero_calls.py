@@ -12,6 +12,7 @@ from advgame.game.pairs import Group, Member, Pair
 from advgame.game.tree import Sample
 from advgame.learn.settings import LearnSettings
 from advgame.learn.team import Json, Team
+from advgame.learn.zero_files import Files
 from advgame.learn.zero_send import Sending
 from advgame.learn.zero_shard import ZeroShard
 from advgame.publish.cuda_memory import device_id
@@ -50,6 +51,7 @@ class Shardholder:
         self.team = team
         self.shards: dict[str, ZeroShard] = {}
         self.sending = Sending(team)
+        self.files = Files(team)
 
     def perform(self, message: Json) -> Any:
         """Makes the call that `message` names; its result, as JSON may have it."""
@@ -90,9 +92,6 @@ class Shardholder:
     def _average(self, shard: ZeroShard, message: Json) -> None:
         shard.average(message["decay"], message["keeps"])
 
-    def _steps(self, shard: ZeroShard, message: Json) -> float:
-        return shard.shards.steps
-
     def _collect(self, shard: ZeroShard, message: Json) -> None:
         dtype = getattr(torch, message["dtype"])
         shard.shards.layout.give(shard.pieces(message["what"]), dtype, self.team)
@@ -103,7 +102,11 @@ class Shardholder:
     def _send(self, shard: ZeroShard, message: Json) -> Json:
         return self.sending.send(shard.shards.layout, shard.pieces(message["what"]), message)
 
-    def _take(self, shard: ZeroShard, message: Json) -> None:
-        layout = shard.shards.layout
-        fill = lambda _, pieces: layout.receive(pieces, self.team)  # noqa: E731
-        shard.take_pieces(message["steps"], message["previous"], fill)
+    def _sees(self, shard: ZeroShard, message: Json) -> list[str]:
+        return self.files.blind(Path(message["folder"]), writes=True)
+
+    def _write(self, shard: ZeroShard, message: Json) -> list[str]:
+        return self.files.write(shard, message)
+
+    def _read(self, shard: ZeroShard, message: Json) -> list[str]:
+        return self.files.read(shard, message)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from advgame.errors import InputError
 from advgame.game.pairs import Group, Pair
 from advgame.game.tree import Sample
 from advgame.learn.layout import Layout
-from advgame.learn.load import load_model
+from advgame.learn.load import outline
 from advgame.learn.optimizer import make_optimizer
+from advgame.learn.part_files import PartError, Written, await_parts, note_name
 from advgame.learn.settings import LearnSettings
-from advgame.learn.shards import MOMENTS, kinds
 from advgame.learn.team import teams
 from advgame.learn.trainer import Metrics, SamplerGap, Trainer, Whole
 from advgame.learn.zero_calls import Shardholder, groups_message, pairs_message, samples_message
@@ -45,14 +47,14 @@ class DeepSpeedLearner(Trainer):
         remote_code: bool = False,
     ):
         super().__init__(tokenizer, settings, lr=lr, ema=ema, ahead=ahead)
-        self._source, self._field, self._remote_code = source.absolute(), field, remote_code
+        self._field = field
         self._device = torch.device(device)
         self.team = teams().of(field.partition(".")[0])
         self._holder = Shardholder(self.team)
         self._previous = ema and ahead and self.recomputes
         made = self._call(
             "make",
-            folder=str(self._source),
+            folder=str(source.absolute()),
             settings=_elsewhere(settings).model_dump(mode="json"),
             lr=lr,
             ema=ema,
@@ -61,6 +63,7 @@ class DeepSpeedLearner(Trainer):
         )
         self.notes += made["notes"]
         self._layout = Layout.of(made["layout"])
+        self._outline = outline(source, field, remote_code=remote_code)
         if self.team.members != (0,):
             self.senders = TeamSenders(self.team, self._field, self._layout, made["devices"], self._holder.perform)
 
@@ -129,45 +132,38 @@ class DeepSpeedLearner(Trainer):
         with self._moving("collect", what=what, dtype=str(dtype).removeprefix("torch.")):
             yield from self._layout.collect(self._own(what), dtype, self.team)
 
-    @torch.no_grad()
     def whole(self) -> Whole:
-        """Gathered into host memory: 16 bytes a parameter on rank 0 while it is saved or loaded."""
-        model = load_model(self._source, self._field, remote_code=self._remote_code).eval()
-        parameters = dict(model.named_parameters())
-        for name, tensor in self._gathered("live"):
-            parameters[name].copy_(tensor)
-        optimizer = make_optimizer(parameters.values(), self.settings, self.base_lr, model.device)
-        if steps := self._call("steps"):
-            for parameter in parameters.values():
-                optimizer.state[parameter]["step"] = torch.tensor(steps)
-            for entry in MOMENTS:
-                for name, tensor in self._gathered(entry):
-                    optimizer.state[parameters[name]][entry] = tensor.cpu().clone()
+        """Names and shapes; the values stay with the ranks."""
+        model = self._outline
+        optimizer = make_optimizer(model.parameters(), self.settings, self.base_lr, model.device)
         shadow, previous = (
-            {name: tensor.cpu().clone() for name, tensor in self._gathered(what)} if there else {}
-            for what, there in (("shadow", self.averaged), ("previous", self._previous))
+            {name: p.detach() for name, p in model.named_parameters()} if there else {}
+            for there in (self.averaged, self._previous)
         )
-        return Whole(model, shadow, previous, optimizer, own=True)
+        return Whole(model, shadow, previous, optimizer, elsewhere=self)
 
-    @torch.no_grad()
     def take(self, whole: Whole) -> None:
-        parameters = dict(whole.model.named_parameters())
-        states = {name: whole.optimizer.state.get(p, {}) for name, p in parameters.items()}
-        steps = max((float(state["step"]) for state in states.values() if state), default=0.0)
-        self._previous = bool(whole.previous)
-        wholes: dict[str, Mapping[str, Tensor]] = {
-            "live": parameters, "shadow": whole.shadow, "previous": whole.previous,
-            **{entry: {name: state[entry] for name, state in states.items()} for entry in (MOMENTS if steps else ())},
-        }  # fmt: skip
-        with self._moving("take", steps=steps, previous=self._previous):
-            shard = self._holder.shards.get(self._field)
-            if shard is None:
-                for what in kinds(steps, averaged=self.averaged, previous=self._previous):
-                    self._layout.deal(wholes[what], {}, self.team)
-            else:
-                shard.take_pieces(
-                    steps, self._previous, lambda what, own: self._layout.deal(wholes[what], own, self.team)
-                )
+        """The ranks took theirs when it was read."""
+
+    def check_folder(self, folder: Path) -> None:
+        if errors := self._call("sees", folder=str(folder.absolute())):
+            raise InputError(errors[0])
+
+    def write(self, folder: Path, player: str, *, beside: bool) -> Callable[[], Mapping[str, Written]]:
+        folder = folder.absolute()
+        self._unless(self._call("write", folder=str(folder), name=player, beside=beside, previous=self._previous))
+        ranks = [rank for rank, _ in self._layout.writers]
+        notes = {note_name(player, number, len(ranks)): rank for number, rank in enumerate(ranks)}
+        return partial(await_parts, folder, notes, self.team.check)
+
+    def read(self, checkpoint: Path, player: str, previous: str | None) -> None:
+        self._unless(self._call("read", folder=str(checkpoint.absolute()), name=player, previous=previous))
+        self._previous = previous is not None
+
+    @staticmethod
+    def _unless(errors: Sequence[str]) -> None:
+        if errors:
+            raise PartError(errors[0])
 
 
 def _elsewhere(settings: LearnSettings) -> LearnSettings:

@@ -41,6 +41,7 @@ class ZeroShard(Learner):
     """A rank's shard of a player. Given the whole update, it computes its own share of it.
 
     live, shadow, initial, previous: this rank's pieces of the master weights and of what stands beside them, 1-D.
+    buffers: those of the model that a checkpoint holds.
     """
 
     _in_place = False  # DeepSpeed takes gradients from autograd's hands
@@ -67,6 +68,8 @@ class ZeroShard(Learner):
 
     def _made_optimizer(self) -> torch.optim.Optimizer:
         optimizer = super()._made_optimizer()
+        kept = self.model.state_dict().keys()  # of buffers a checkpoint holds these; DeepSpeed may cast them
+        self.buffers = {n: b.detach().to("cpu", copy=True) for n, b in self.model.named_buffers() if n in kept}
         with quietly():
             if self.team.device.type == "cpu":
                 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -166,9 +169,10 @@ class ZeroShard(Learner):
         return self.shards.moments(what) if what in MOMENTS else getattr(self, what)
 
     def take_pieces(self, steps: float, previous: bool, fill: Callable[[str, Mapping[str, Tensor]], None]) -> None:
-        """Goes on from a checkpoint: `fill(what, pieces)` puts its values into every kind of pieces, in one order.
+        """Goes on from a checkpoint: `fill(what, pieces)` puts its values into every kind of pieces. What computes
+        follows when all ranks have them (`Shards.refresh`).
 
-        steps: that the optimizer had made. previous: whether the checkpoint holds the average before the last one.
+        steps: that the optimizer had made. previous: whether there shall be an average before the last one.
         """
         self.shards.steps = steps
         if not previous:
@@ -177,4 +181,3 @@ class ZeroShard(Learner):
             self.previous = {name: torch.zeros_like(own) for name, own in self.live.items()}
         for what in kinds(steps, averaged=self.averaged, previous=previous):
             fill(what, self.pieces(what))
-        self.shards.refresh()

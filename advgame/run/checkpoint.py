@@ -10,39 +10,47 @@ exactly.
       state.json                                             step, updates, options, checksums, config hash
 
 Under learn.lora the model folders hold merged weights, for others to load; a run resumes from the adapters, on the base
-model that it started from. Nothing is pickled. How folders appear whole, are verified and pruned is in
-`checkpoint_files.py`.
+model that it started from. Where several ranks hold a player, each writes some of its parameters, into files that are
+numbered as transformers numbers them (model-00001-of-00002.safetensors and so on); who resumes reads the same from one
+file or several. Nothing is pickled. How folders appear whole, are verified and pruned is in `checkpoint_files.py`, what
+stands in a player's files in `player_files.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
+from safetensors import SafetensorError
+from torch import Tensor
 
 from advgame.errors import InputError
 from advgame.game.tree import Tree
-from advgame.learn import lora
+from advgame.learn.part_files import PartError, Written
+from advgame.learn.stored import tensors_of
 from advgame.rollout.chat import first_line
-from advgame.run.checkpoint_files import checkpoint_problem, prune_checkpoints, read_state, writing_checkpoint
+from advgame.run.checkpoint_files import (
+    begin_hidden,
+    checkpoint_problem,
+    half_written,
+    prune_checkpoints,
+    publish_hidden,
+    read_state,
+)
 from advgame.run.folder import RunFolder
-from advgame.run.optimizer_state import Packed, check_optimizer, pack_optimizer, unpack_optimizer
+from advgame.run.optimizer_state import check_optimizer
+from advgame.run.player_files import join_parts, read_player, write_player
 from advgame.run.recorder import read_trees, write_trees
 from advgame.run.train_state import PlayerState, TrainState, parameters_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_FORMAT = 1
+_FORMAT, _READS = 2, (1, 2)
+"""Of 1, every file of tensors was alone."""
 
 TREES_FILE = "trees.jsonl.gz"
 
@@ -70,28 +78,59 @@ class LoadedState:
     trees: Sequence[Tree] = ()
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A checkpoint that ranks are writing already. parts: by player, what waits for them and gives their files."""
+
+    state: TrainState
+    parts: Mapping[str, Callable[[], Mapping[str, Written]]]
+
+
 def save_checkpoint(folder: RunFolder, state: TrainState, keep: int) -> Path:
     """Writes `checkpoints/step-<step>`, then deletes all but the `keep` newest.
 
     A half-written checkpoint is never visible, and nothing is deleted before the new one is. Raises
     CheckpointError (one line) when the disk is full or refuses; the earlier checkpoints are then intact.
     """
-    if keep < 1:
-        raise InputError(f"checkpoints to keep: {keep}; must be at least 1")
-    described: dict[str, Any] = {
-        "format": _FORMAT,
-        "step": state.step,
-        "extra": dict(state.extra),
-        "config_sha256": _file_sha256(folder.config),
-        "players": {},
-    }
-    with writing_checkpoint(folder.checkpoints, state.step, described) as target:
+    return finish_checkpoint(folder, begin_checkpoint(folder, state, beside=False), keep)
+
+
+def begin_checkpoint(folder: RunFolder, state: TrainState, *, beside: bool) -> Begun:
+    """Has ranks that hold players copy, and write, what they hold; on the thread that makes all calls to them."""
+    with half_written(folder.checkpoints, state.step) as hidden:
+        begin_hidden(hidden)
+        parts = {
+            name: player.elsewhere.write(hidden, name, beside=beside)
+            for name, player in state.players.items()
+            if player.elsewhere is not None
+        }
+    return Begun(state, parts)
+
+
+def finish_checkpoint(folder: RunFolder, begun: Begun, keep: int) -> Path:
+    """The rest of `save_checkpoint`, on any thread."""
+    state = begun.state
+    with half_written(folder.checkpoints, state.step) as hidden:
+        if keep < 1:
+            raise InputError(f"checkpoints to keep: {keep}; must be at least 1")
+        players, known = {}, dict[str, str]()
         for name, player in state.players.items():
-            described["players"][name] = _write_player(target, name, player)
+            optimizer = write_player(hidden, name, player)
+            if name in begun.parts:
+                known |= join_parts(hidden, name, player, begun.parts[name]())
+            players[name] = _described(player, optimizer)
         if state.trees:
-            write_trees(target / TREES_FILE, [tree for tree, _ in state.trees], [reward for _, reward in state.trees])
+            write_trees(hidden / TREES_FILE, [tree for tree, _ in state.trees], [reward for _, reward in state.trees])
+        described = {
+            "format": _FORMAT,
+            "step": state.step,
+            "extra": dict(state.extra),
+            "config_sha256": _file_sha256(folder.config),
+            "players": players,
+        }
+        path = publish_hidden(hidden, described, known)
     prune_checkpoints(folder.checkpoints, state.step, keep)
-    return folder.checkpoints / f"step-{state.step:06d}"
+    return path
 
 
 def load_into(path: Path, players: Mapping[str, PlayerState], *, verify: bool = True) -> LoadedState:
@@ -105,25 +144,22 @@ def load_into(path: Path, players: Mapping[str, PlayerState], *, verify: bool = 
     if verify and (problem := checkpoint_problem(path)) is not None:
         raise InputError(f"{path}: damaged ({problem}); use an earlier checkpoint")
     state = read_state(path)
-    if state["format"] != _FORMAT:
-        raise InputError(f"{path}: has checkpoint format {state['format']}; this version reads {_FORMAT}")
+    if state["format"] not in _READS:
+        raise InputError(f"{path}: has checkpoint format {state['format']}; this version reads {_READS[-1]} and older")
     saved = state["players"]
     if set(saved) != set(players):
         raise InputError(f"{path}: {_other_players(set(saved), set(players))}")
     for name, player in players.items():
         _check_player(path, name, player, saved[name])
+    file = path / TREES_FILE
+    trees = [recorded.tree for recorded in read_trees(file)] if file.is_file() else []
     for name, player in players.items():
         try:
-            _read_player(path, name, player, saved[name])
-        except (OSError, SafetensorError) as error:
+            read_player(path, name, player, saved[name]["optimizer"], played_ahead=bool(trees))
+        except (OSError, SafetensorError, PartError) as error:
             raise InputError(f"{path}, player {name}: cannot be read ({first_line(error)})") from error
-    return LoadedState(
-        state["step"],
-        state["extra"],
-        {name: saved[name]["updates"] for name in saved},
-        state["config_sha256"],
-        [recorded.tree for recorded in read_trees(path / TREES_FILE)] if (path / TREES_FILE).is_file() else [],
-    )
+    updates = {name: saved[name]["updates"] for name in saved}
+    return LoadedState(state["step"], state["extra"], updates, state["config_sha256"], trees)
 
 
 def _other_players(saved: set[str], live: set[str]) -> str:
@@ -137,64 +173,20 @@ def _other_players(saved: set[str], live: set[str]) -> str:
     return f"holds players {sorted(saved)}, this run has {sorted(live)}; {mend}"
 
 
-def _write_player(target: Path, name: str, player: PlayerState) -> dict[str, Any]:
-    parameters = parameters_of(player.model)
-    unknown = sorted(set(player.shadow) - set(parameters))
-    if unknown:
-        raise InputError(f"player {name}: the EMA holds {unknown[0]!r}, which is no parameter of the model")
-    write = _write_model if player.lora is None else _write_adapted
-    write(target / name, player, None)
-    if player.shadow:
-        write(target / f"{name}-ema", player, player.shadow)
-    optimizer: Mapping[str, Any] | None = None
-    if player.optimizer is not None:
-        packed = player.packed or Packed(*pack_optimizer(player.optimizer, parameters))
-        optimizer = packed.described
-        save_file(
-            {key: _own_storage(tensor.cpu()) for key, tensor in packed.tensors.items()},
-            target / f"optimizer-{name}.safetensors",
-        )
-    if player.previous:
-        previous = {key: _own_storage(tensor.cpu()) for key, tensor in player.previous.items()}
-        save_file(previous, target / f"previous-{name}.safetensors")
+def _described(player: PlayerState, optimizer: Mapping[str, Any] | None) -> dict[str, Any]:
     return {
         "updates": player.updates,
         "architecture": _architecture(player.model),
-        "tensors": _kinds(_tensors(player.model)),
+        "tensors": _kinds(tensors_of(player.model)),
         "ema": _kinds(player.shadow),
         "optimizer": optimizer,
     }
 
 
-def _write_model(folder: Path, player: PlayerState, shadow: Mapping[str, Tensor] | None) -> None:
-    """The model as `from_pretrained` reads it; with `shadow`, its tensors in the parameters' places."""
-    state = player.model.state_dict(keep_vars=True)
-    if shadow is not None:
-        # Tied weights appear under several names and once in the shadow: go by the parameter, not by the
-        # name.
-        replaced = {id(p): shadow[name] for name, p in parameters_of(player.model).items() if name in shadow}
-        state = {name: replaced.get(id(tensor), tensor) for name, tensor in state.items()}
-    state = {name: player.values.get(id(tensor), tensor) for name, tensor in state.items()}
-    with _no_progress_bars():
-        player.model.save_pretrained(folder, state_dict={name: tensor.detach() for name, tensor in state.items()})
-    player.tokenizer.save_pretrained(folder)
-
-
-def _write_adapted(folder: Path, player: PlayerState, shadow: Mapping[str, Tensor] | None) -> None:
-    """The merged model as `from_pretrained` reads it, and beside it the adapters as peft does."""
-    assert player.lora is not None
-    adapters = lora.live_adapters(player.model) if shadow is None else shadow
-    buffers = {n: b for n, b in player.model.state_dict().items() if n in dict(player.model.named_buffers())}
-    with _no_progress_bars():
-        player.model.save_pretrained(folder, state_dict=dict(lora.merged(player.model, adapters)) | buffers)
-    player.tokenizer.save_pretrained(folder)
-    lora.save_adapters(folder.with_name(f"{folder.name}-adapter"), adapters, player.lora)
-
-
 def _check_player(path: Path, name: str, player: PlayerState, saved: Mapping[str, Any]) -> None:
     where = f"{path}, player {name}"
     _compare(where, "", saved["architecture"], _architecture(player.model))
-    _compare(where, "tensor ", saved["tensors"], _kinds(_tensors(player.model)))
+    _compare(where, "tensor ", saved["tensors"], _kinds(tensors_of(player.model)))
     _compare(where, "EMA of ", saved["ema"], _kinds(player.shadow))
     if (player.optimizer is None) != (saved["optimizer"] is None):
         has, lacks = ("this run", "the checkpoint") if saved["optimizer"] is None else ("the checkpoint", "this run")
@@ -212,48 +204,6 @@ def _compare(where: str, what: str, saved: Mapping[str, Any], live: Mapping[str,
             )
 
 
-@torch.no_grad()
-def _read_player(path: Path, name: str, player: PlayerState, saved: Mapping[str, Any]) -> None:
-    if player.lora is not None:
-        lora.load_adapters(path / f"{name}-adapter", lora.live_adapters(player.model))
-        if player.shadow:
-            lora.load_adapters(path / f"{name}-ema-adapter", player.shadow)
-    else:
-        _copy_model(path / name, player.model, _tensors(player.model))
-        if player.shadow:
-            _copy_model(path / f"{name}-ema", player.model, player.shadow)
-    if player.previous:
-        # without one nothing was played ahead: what comes first will be sampled from the saved average itself
-        file = path / f"previous-{name}.safetensors"
-        stored = load_file(file) if file.is_file() else player.shadow
-        for key, tensor in player.previous.items():
-            tensor.copy_(stored[key])
-    if player.optimizer is not None:
-        tensors = load_file(path / f"optimizer-{name}.safetensors")
-        unpack_optimizer(player.optimizer, parameters_of(player.model), tensors, saved["optimizer"])
-
-
-def _copy_model(folder: Path, model: PreTrainedModel, into: Mapping[str, Tensor]) -> None:
-    """Fills `into` (by the model's own tensor names) from a Hugging Face folder, one tensor at a time."""
-    missing = dict(into)
-    # Tied weights are stored once, under any of their names.
-    names: dict[int, set[str]] = {}
-    for key, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), set()).add(key)
-    canonical = {key: own for own, tensor in _tensors(model).items() for key in names[id(tensor)]}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as stored:
-            for key in stored.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
-                own = canonical.get(key)
-                if own in missing:
-                    missing.pop(own).copy_(stored.get_tensor(key))
-    if missing:
-        # Families that transformers stores under other names than it trains (fused experts): let it convert.
-        loaded = _tensors(type(model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True))
-        for key, tensor in missing.items():
-            tensor.copy_(loaded[key])
-
-
 def _architecture(model: PreTrainedModel) -> dict[str, Any]:
     config = model.config.to_dict()
     return {"architecture": type(model).__name__, **{key: config.get(key) for key in _CONFIG_KEYS}}
@@ -262,33 +212,6 @@ def _architecture(model: PreTrainedModel) -> dict[str, Any]:
 def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Name -> "float32[64, 8]"; a copy between different types would not be exact."""
     return {key: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for key, t in tensors.items()}
-
-
-def _own_storage(tensor: Tensor) -> Tensor:
-    """`tensor`, copied only if it is a view: safetensors refuses those, and copies are dear at 7B."""
-    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All that is saved: parameters and persistent buffers, tied ones once."""
-    found: dict[int, tuple[str, Tensor]] = {}
-    named: dict[str, Tensor] = {**parameters_of(model), **model.state_dict(keep_vars=True)}
-    for name, tensor in named.items():
-        found.setdefault(id(tensor), (name, tensor))
-    return dict(found.values())
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """save_pretrained draws a bar per model, which would tear the live view."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def _file_sha256(path: Path) -> str | None:

@@ -5,14 +5,13 @@ A checkpoint is a folder `step-<number>` whose `state.json` lists the sha256 of 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from advgame.errors import InputError
+from advgame.learn.part_files import PartError, disk_reason, sha256_of, sync
 
 STATE_FILE = "state.json"
 
 _NAME = re.compile(r"step-(\d{6,})")
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class CheckpointError(InputError):
@@ -101,32 +100,48 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-@contextmanager
-def writing_checkpoint(checkpoints: Path, step: int, state: dict[str, Any]) -> Iterator[Path]:
-    """A hidden folder to write a checkpoint into; it becomes visible under its name, whole, when the block
-    ends.
+def hidden_folder(checkpoints: Path, step: int) -> Path:
+    """Where this process writes the checkpoint of a step, until all of it is there."""
+    return checkpoints / f".tmp-{checkpoint_name(step)}-{os.getpid()}"
 
-    At the end `state` (which the block may fill) goes into `state.json` with the checksum of every file, all
-    is flushed to the disk, and one rename publishes it. On any error the hidden folder is removed and nothing
-    else has changed; an error of the disk becomes a one-line CheckpointError.
+
+@contextmanager
+def half_written(checkpoints: Path, step: int) -> Iterator[Path]:
+    """Inside, a checkpoint is being written into its hidden folder, or begun to be.
+
+    On any error the folder is removed and nothing else has changed; an error of the disk, or of a rank that writes,
+    becomes a one-line CheckpointError.
     """
-    final = checkpoints / checkpoint_name(step)
-    hidden = checkpoints / f".tmp-{final.name}-{os.getpid()}"
+    hidden = hidden_folder(checkpoints, step)
     try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir()
         yield hidden
-        _seal(hidden, state)
-        _publish(hidden, final)
     except BaseException as error:
         shutil.rmtree(hidden, ignore_errors=True)
-        if (reason := _disk_reason(error)) is not None:
+        if (reason := str(error) if isinstance(error, PartError) else disk_reason(error)) is not None:
             raise CheckpointError(
-                f"{final}: could not be written ({reason}); earlier checkpoints are intact; "
-                "free space or fix the folder, then resume"
+                f"{checkpoints / checkpoint_name(step)}: could not be written ({reason}); earlier checkpoints are "
+                "intact; free space or fix the folder, then resume"
             ) from error
         raise
+
+
+def begin_hidden(hidden: Path) -> None:
+    """An empty folder in the place of whatever a process of this number has left."""
+    hidden.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir()
+
+
+def publish_hidden(hidden: Path, state: Mapping[str, Any], known: Mapping[str, str]) -> Path:
+    """Makes a written checkpoint visible under its name, whole; returns its folder.
+
+    `state` goes into `state.json` with the checksum of every file (`known`: of those that need not be read again), all
+    is flushed to the disk, and one rename publishes it.
+    """
+    final = hidden.parent / checkpoint_name(state["step"])
+    _seal(hidden, dict(state), known)
+    _publish(hidden, final)
+    return final
 
 
 def prune_checkpoints(checkpoints: Path, newest: int, keep: int) -> list[Path]:
@@ -151,16 +166,18 @@ def prune_checkpoints(checkpoints: Path, newest: int, keep: int) -> list[Path]:
     return doomed
 
 
-def _seal(folder: Path, state: dict[str, Any]) -> None:
+def _seal(folder: Path, state: dict[str, Any], known: Mapping[str, str]) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    state = state | {"checksums": _checksums(folder, [path.relative_to(folder).as_posix() for path in files])}
+    names = [path.relative_to(folder).as_posix() for path in files]
+    found = _checksums(folder, [name for name in names if name not in known])
+    state = state | {"checksums": {name: known[name] if name in known else found[name] for name in names}}
     state = json.loads(json.dumps(state))  # as it will be read: the checksum must not depend on tuples
     text = json.dumps(state | {"checksum": _state_checksum(state)}, indent=1)
     (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
     for path in (*files, folder / STATE_FILE):
-        _sync(path)
+        sync(path)
     for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
-        _sync(path)
+        sync(path)
 
 
 def _publish(hidden: Path, final: Path) -> None:
@@ -179,38 +196,14 @@ def _publish(hidden: Path, final: Path) -> None:
             raise
     else:
         hidden.rename(final)
-    _sync(final.parent)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sync(final.parent)
 
 
 def _checksums(folder: Path, names: list[str]) -> dict[str, str]:
     """sha256 by file name. Threads, since hashing frees the interpreter and 7B players make 200 GB."""
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        return dict(zip(names, pool.map(lambda name: _sha256(folder / name), names), strict=True))
+        return dict(zip(names, pool.map(lambda name: sha256_of(folder / name), names), strict=True))
 
 
 def _state_checksum(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _disk_reason(error: BaseException) -> str | None:
-    """Why the disk refused, or None when the error is not the disk's.
-
-    safetensors and tokenizers write from Rust and raise their own types, with the system's text inside.
-    """
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        return os.strerror(error.errno)
-    text = str(error)
-    return next((reason for reason in map(os.strerror, _DISK_ERRORS) if reason in text), None)

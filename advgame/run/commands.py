@@ -13,11 +13,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
 
 from advgame.config import Config, dump_config, load_config
 from advgame.errors import InputError, RanksDied
-from advgame.learn.trainer import Whole
 from advgame.learn.watch import Watch
 from advgame.malloc import collect_rarely, keep_freed_memory
 from advgame.rollout.engine import EngineError
@@ -151,6 +149,8 @@ def _play(
             stage.update(role, step, loss=loss)
 
         session = open_session(plan, progress=progress)
+    for learner in session.learners.values():
+        learner.check_folder(folder.checkpoints)  # now, not in the first checkpoint hours later
     progress_of_run = Progress()
     if checkpoint is not None:
         progress_of_run = _restore(session, checkpoint)
@@ -173,22 +173,10 @@ def _restore(session: Session, checkpoint: Path) -> Progress:
         learner.updates = loaded.updates[name]
         learner.averages = loaded.extra.get("averages", {}).get(name, loaded.step)  # one a step
         learner.reference.restore(loaded.extra["reference"][name])
-        if learner.recomputes:
-            _refer_to_what_sampled(wholes[name], checkpoint / f"previous-{name}.safetensors", bool(loaded.trees))
         learner.take(wholes[name])
     progress = Progress(loaded.step, loaded.extra, loaded.trees)
     session.counters.update(progress.counters)
     return progress
-
-
-def _refer_to_what_sampled(whole: Whole, file: Path, played_ahead: bool) -> None:
-    """The average before the last one sampled what was played ahead, and only that: `run.ahead` may have changed, or
-    the run may have been at its end."""
-    if played_ahead and not whole.previous and file.is_file():
-        whole.previous = {name: tensor.to(whole.shadow[name]) for name, tensor in load_file(file).items()}
-    elif not played_ahead:
-        for name, tensor in whole.previous.items():
-            tensor.copy_(whole.shadow[name])
 
 
 async def _run(session: Session, folder: RunFolder, progress: Progress, *, quiet: bool, watch: Watch | None) -> None:

@@ -295,8 +295,9 @@ def state_of(learner: Trainer, whole: Whole) -> PlayerState:
         whole.optimizer,
         learner.updates,
         previous=whole.previous,
+        recomputes=learner.recomputes,
         lora=learner.settings.lora,
-        own=whole.own,
+        elsewhere=whole.elsewhere,
     )
 
 

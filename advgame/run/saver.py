@@ -6,13 +6,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from advgame.run.checkpoint import save_checkpoint
+from advgame.run.checkpoint import begin_checkpoint, finish_checkpoint, save_checkpoint
 from advgame.run.folder import RunFolder
 from advgame.run.train_state import TrainState, frozen
 
 
 class Saver:
-    """Writes a run's checkpoints, one at a time. beside: in a thread, from copies in host memory.
+    """Writes a run's checkpoints, one at a time. beside: in a thread, from copies in host memory, as all ranks do.
 
     One that cannot be written is known at the next call of any method but `close`, which raises CheckpointError.
     """
@@ -28,7 +28,8 @@ class Saver:
         if self._thread is None:
             save_checkpoint(self._folder, state, self._keep)
         else:
-            self._writing = self._thread.submit(save_checkpoint, self._folder, frozen(state), self._keep)
+            begun = begin_checkpoint(self._folder, frozen(state), beside=True)
+            self._writing = self._thread.submit(finish_checkpoint, self._folder, begun, self._keep)
 
     def check(self) -> None:
         """Raises what has become of the last one, if that is known."""

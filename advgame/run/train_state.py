@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from advgame.game.rewards import TreeRewards
 from advgame.game.tree import Tree
 from advgame.learn.settings import LoraSettings
+from advgame.learn.trainer import Elsewhere
 from advgame.run.optimizer_state import Packed, pack_optimizer
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ class PlayerState:
 
     model: the live player, fp32 master weights. shadow: its fp32 EMA by parameter name, empty when there is
     none. optimizer: None for a player that does not learn. updates: optimizer updates made so far. previous: the
-    EMA before the last publish, empty unless something refers to it. lora: how its adapters were made. own: nobody else
-    holds any of it. values, packed: what stands for the model's tensors, by their ids, and for the optimizer once it is
-    `frozen`.
+    EMA before the last publish, empty unless something refers to it; recomputes: whether something may. lora: how its
+    adapters were made. elsewhere: the ranks that hold it, where the tensors here have no values. values, packed: what
+    stands for the model's tensors, by their ids, and for the optimizer once it is `frozen`.
     """
 
     model: PreTrainedModel
@@ -35,9 +36,10 @@ class PlayerState:
     shadow: Mapping[str, Tensor]
     optimizer: torch.optim.Optimizer | None
     updates: int
-    previous: Mapping[str, Tensor] = field(default_factory=dict)
+    previous: MutableMapping[str, Tensor] = field(default_factory=dict)
+    recomputes: bool = False
     lora: LoraSettings | None = None
-    own: bool = False
+    elsewhere: Elsewhere | None = None
     values: Mapping[int, Tensor] = field(default_factory=dict)
     packed: Packed | None = None
 
@@ -56,13 +58,13 @@ class TrainState:
 
 
 def frozen(state: TrainState) -> TrainState:
-    """`state` as it is now, in host memory of its own: 16 bytes a parameter of every player that learns.
+    """`state` as it is now, in host memory of its own: 16 bytes a parameter of every player that learns here.
 
     Merged weights of adapters are made while they are written, so a player under learn.lora must not change meanwhile.
     """
     return replace(
         state,
-        players={name: player if player.own else _frozen(player) for name, player in state.players.items()},
+        players={name: player if player.elsewhere else _frozen(player) for name, player in state.players.items()},
         extra=copy.deepcopy(dict(state.extra)),
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import engines
+import models
 import pytest
 import torch
 from command_line import fails
@@ -31,6 +32,7 @@ from advgame.game.pairs import Role  # noqa: E402
 from advgame.game.rewards import RewardRules, tree_rewards  # noqa: E402
 from advgame.learn import zero_learner  # noqa: E402
 from advgame.learn.learner import Learner  # noqa: E402
+from advgame.learn.settings import LearnSettings  # noqa: E402
 from advgame.learn.streams import SideBySide  # noqa: E402
 from advgame.learn.zero_learner import DeepSpeedLearner  # noqa: E402
 from advgame.rollout.chat import load_tokenizer  # noqa: E402
@@ -288,6 +290,27 @@ def test_a_rank_that_says_nothing_is_as_good_as_dead(cluster, started):
         with pytest.raises(RanksDied, match="trainer rank 2 has said nothing for 2 s"):
             watch.check(20)
         assert time.monotonic() - began < 5
+    assert_nothing_is_left(started)
+
+
+def test_a_rank_that_is_killed_while_it_writes_a_checkpoint_is_known(cluster, started, tmp_path):
+    """What it cannot write (a pipe that nobody reads) is waited for until it dies."""
+    ray_cluster.connect(cluster.address)
+    player = models.folder(tmp_path / "player")
+    settings = ClusterSettings(address=cluster.address, trainer_ranks=2, silence_s=20)
+    with closing(ray_cluster.open_cluster(settings, {}, 1)) as placed, ray_ranks.led(placed, None, 1):
+        learner = DeepSpeedLearner(
+            player, models.tokenizer(), LearnSettings(backend="deepspeed"), field="attacker.model"
+        )
+        folder = tmp_path / "checkpoint"
+        folder.mkdir()
+        os.mkfifo(folder / ".part-attacker-00002-of-00002.json")
+        wait = learner.write(folder, "attacker", beside=True)
+        threading.Timer(0.5, os.kill, (started.ranks[0].process_ids[1], signal.SIGKILL)).start()
+        began = time.monotonic()
+        with pytest.raises(RanksDied, match="trainer rank 2 died"):
+            wait()
+        assert time.monotonic() - began < 10
     assert_nothing_is_left(started)
 
 

@@ -133,7 +133,7 @@ async def published(channel, llm, write, verify=True):
 
 def holds(llm, learner, dtype):
     """Whether every worker holds, bit for bit, what it would load of the learner's average."""
-    whole = learner.whole().shadow
+    whole = dict(learner._gathered("shadow"))
     for rank, worker in enumerate(llm.workers):
         model = worker.model_runner.get_model()
         loaded = EngineModel({n: tuple(t.shape) for n, t in whole.items()}, rank, len(llm.workers), dtype)
@@ -201,7 +201,7 @@ class Averaged:
     def __init__(self, learner):
         self.model = models.model(hidden=engines.HIDDEN)
         with torch.no_grad():
-            for name, tensor in learner.whole().shadow.items():
+            for name, tensor in learner._gathered("shadow"):
                 self.model.get_parameter(name).copy_(tensor)
         self.tokens = [self.greedy(prompt) for prompt in PROMPTS]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import sys
+import tempfile
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import models
+import saved
 
 from advgame.game.pairs import Group, Member, Pair
 from advgame.game.tree import Sample
@@ -59,11 +61,11 @@ def groups() -> list[Group]:
 class Course:
     """What a learner goes through, and everything that comes of it, by name."""
 
-    def __init__(self, make, **settings):
+    def __init__(self, make, player, **settings):
         self.numbers: dict[str, float] = {}
         self.tensors: dict[str, torch.Tensor] = {}
         base = {"lr": 1e-3, "micro_tokens": 24, "clip_norm": 0.5}
-        self.make, self.settings = make, base | settings
+        self.make, self.player, self.settings = make, player, base | settings
 
     def pairs(self, **more) -> Course:
         learner = self.make(LearnSettings(**self.settings, **more), ahead=True)
@@ -84,20 +86,16 @@ class Course:
         return self.state(learner)
 
     @classmethod
-    def of(cls, learner: Trainer, numbers: dict[str, float]) -> Course:
-        made = cls(None)
+    def of(cls, learner: Trainer, numbers: dict[str, float], player: Path) -> Course:
+        made = cls(None, player)
         made.numbers = dict(numbers)
         return made.state(learner)
 
     def state(self, learner: Trainer) -> Course:
-        whole = learner.whole()
-        parameters = dict(whole.model.named_parameters())
-        self.tensors |= {f"live {name}": p.detach().clone() for name, p in parameters.items()}
-        self.tensors |= {f"shadow {name}": p.clone() for name, p in whole.shadow.items()}
-        self.tensors |= {f"previous {name}": p.clone() for name, p in whole.previous.items()}
-        for name, p in parameters.items():
-            for entry, value in whole.optimizer.state[p].items():
-                self.tensors[f"{entry} {name}"] = torch.as_tensor(value).clone()
+        if not isinstance(learner, Learner):
+            with tempfile.TemporaryDirectory() as folder:
+                plain = saved.plain_of(saved.save(learner, Path(folder)), learner, self.player)
+        self.tensors |= saved.tensors_of(learner if isinstance(learner, Learner) else plain)
         self.learner = learner
         return self
 
@@ -138,10 +136,10 @@ def main(player: Path, out: Path, attacker_ranks: int | None) -> None:
         return DeepSpeedLearner(folder, tokenizer, settings, field=f"{who}.{next(numbers)}", **how)
 
     objectives = {
-        "dpo": lambda make, **how: Course(make).pairs(reference="recompute", **how),
-        "auto": lambda make, **how: Course(make).pairs(reference="auto", objective="ipo", **how),
-        "grpo": lambda make, **how: Course(make).groups(objective="grpo", **how),
-        "reinforce": lambda make, **how: Course(make).groups(objective="reinforce", **how),
+        "dpo": lambda make, **how: Course(make, player).pairs(reference="recompute", **how),
+        "auto": lambda make, **how: Course(make, player).pairs(reference="auto", objective="ipo", **how),
+        "grpo": lambda make, **how: Course(make, player).groups(objective="grpo", **how),
+        "reinforce": lambda make, **how: Course(make, player).groups(objective="reinforce", **how),
     }
     if attacker_ranks:
         del objectives["auto"], objectives["reinforce"]
@@ -158,19 +156,21 @@ def main(player: Path, out: Path, attacker_ranks: int | None) -> None:
             results[f"{case}, {name}"] = apart(course, want[name])
         # what the learner before has learned goes on in this one as it does there
         here = made["grpo"].make(LearnSettings(**made["dpo"].settings, reference="recompute", **how), ahead=True)
-        here.take(last.whole())
-        ends = [Course.of(learner, learner.update_pairs(pairs(3), 0.5)) for learner in (here, last)]
+        with tempfile.TemporaryDirectory() as folder:
+            saved.load(saved.save(last, Path(folder)), here)
+        ends = [Course.of(learner, learner.update_pairs(pairs(3), 0.5), player) for learner in (here, last)]
         results[f"{case}, taken"] = apart(*ends)
         last = here
     if attacker_ranks is None:
         untied = models.folder(out.with_suffix(".untied"), tied=False)
         how = {"backend": "deepspeed", "deepspeed": {"stage": 3}}
-        course = Course(partial(sharded, folder=untied)).pairs(reference="recompute", **how)
-        results["stage 3, untied"] = apart(course, Course(partial(plain, folder=untied)).pairs(reference="recompute"))
-        narrow = Course(plain).pairs(reference="recompute", dtype="bfloat16")
+        course = Course(partial(sharded, folder=untied), untied).pairs(reference="recompute", **how)
+        want = Course(partial(plain, folder=untied), untied).pairs(reference="recompute")
+        results["stage 3, untied"] = apart(course, want)
+        narrow = Course(plain, player).pairs(reference="recompute", dtype="bfloat16")
         for stage in range(4):
             how = {"backend": "deepspeed", "deepspeed": {"stage": stage}}
-            course = Course(sharded).pairs(reference="recompute", dtype="bfloat16", **how)
+            course = Course(sharded, player).pairs(reference="recompute", dtype="bfloat16", **how)
             results[f"stage {stage}, bfloat16"] = apart(course, narrow)
     out.write_text(json.dumps(results))
 

@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,16 +15,21 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
 )
+from tree_samples import tree
 
 from advgame.errors import InputError
-from advgame.run import checkpoint as subject
+from advgame.game.rewards import TreeRewards
+from advgame.learn import stored
+from advgame.run import player_files as subject
 from advgame.run.checkpoint import load_into, save_checkpoint
 from advgame.run.checkpoint_files import (
     CheckpointError,
+    _state_checksum,
     checkpoint_problem,
     latest_checkpoint,
     list_checkpoints,
     prune_checkpoints,
+    read_state,
 )
 from advgame.run.optimizer_state import unpack_optimizer
 from advgame.run.train_state import PlayerState, TrainState
@@ -185,6 +191,42 @@ def damage_byte(path):
     path.write_bytes(bytes(data))
 
 
+def test_the_first_format_loads_and_a_later_one_is_refused(folder):
+    """In which every file stood alone, as it still does where one process holds a player."""
+    saved = player_of()
+    path = save(folder, saved)
+    file = path / "state.json"
+    for number in (1, 3):
+        state = read_state(path) | {"format": number}
+        file.write_text(json.dumps(state | {"checksum": _state_checksum(state)}))
+        fresh = player_of(seed=8, steps=0)
+        if number == 1:
+            load_into(path, {"defender": fresh})
+            assert_same(tensors_of(fresh), tensors_of(saved))
+        else:
+            with pytest.raises(InputError, match="has checkpoint format 3; this version reads 2 and older"):
+                load_into(path, {"defender": fresh})
+
+
+def test_the_average_that_sampled_comes_from_its_file_or_from_the_saved_average(folder):
+    """As `run.ahead` was and is, and whether anything had been played ahead."""
+
+    def ahead(seed, *, keeps):
+        made = player_of(seed=seed)
+        return replace(made, previous={n: torch.randn_like(t) for n, t in made.shadow.items()} if keeps else {},
+                       recomputes=True)  # fmt: skip
+
+    trees = [(tree(), TreeRewards((), ()))]
+    for step, (kept, keeps, played) in enumerate(product((True, False), repeat=3), start=1):
+        saved, fresh = ahead(1, keeps=kept), ahead(2, keeps=keeps)
+        path = save_checkpoint(folder, TrainState(step, {"defender": saved}, {}, trees if played else []), 1)
+        load_into(path, {"defender": fresh})
+        if not keeps and not (kept and played):
+            assert fresh.previous == {}
+        else:
+            assert_same(fresh.previous, saved.previous if kept and played else saved.shadow)
+
+
 @pytest.mark.parametrize(
     ("damage", "word"),
     [
@@ -343,7 +385,13 @@ def test_sharded_folder_and_unfamiliar_tensor_names_load(folder, monkeypatch):
         def keys(self):
             return ["some.other.name"]
 
-    monkeypatch.setattr(subject, "safe_open", Renamed)
+        def get_tensor(self, name):
+            return torch.zeros(1)
+
+    real = stored.safe_open
+    monkeypatch.setattr(
+        stored, "safe_open", lambda path, **how: (real if path.name.startswith("optimizer") else Renamed)(path, **how)
+    )
     other = player_of(seed=9, ema=False)
     load_into(path, {"defender": other}, verify=False)
     assert_same(tensors_of(other), tensors_of(saved))

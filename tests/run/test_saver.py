@@ -1,12 +1,13 @@
 """Checkpoints beside the run: what is written is what was, whatever has been learned since; failures are heard."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from players import assert_same, model_of, player_of, tensors_of, train
 
-from advgame.run import checkpoint
+from advgame.run import player_files
 from advgame.run.checkpoint import load_into
 from advgame.run.checkpoint_files import CheckpointError, latest_checkpoint
 from advgame.run.saver import Saver
@@ -26,8 +27,8 @@ class Held:
     """save_file, as slow as the test wants."""
 
     def __init__(self, monkeypatch):
-        self.real, self.begun, self.go = checkpoint.save_file, threading.Event(), threading.Event()
-        monkeypatch.setattr(checkpoint, "save_file", self)
+        self.real, self.begun, self.go = player_files.save_file, threading.Event(), threading.Event()
+        monkeypatch.setattr(player_files, "save_file", self)
 
     def __call__(self, *arguments):
         self.begun.set()
@@ -79,7 +80,7 @@ def test_a_full_disk_is_heard_of_and_leaves_the_last_checkpoint(folder, monkeypa
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(player_files, "save_file", full)
     saver.save(state_of(player, 100))
     if heard == "check":
         saver._thread.submit(int).result()  # whatever was under way has ended
@@ -98,11 +99,11 @@ def test_in_turn_nothing_is_copied(folder, monkeypatch):
     saver.close()
 
 
-def test_what_is_a_copy_already_is_not_copied_again():
+def test_what_ranks_hold_is_not_copied_here():
     player = player_of()
     assert frozen(state_of(player, 1)).players["defender"] is not player
-    owned = type(player)(**(vars(player) | {"own": True}))
-    assert frozen(state_of(owned, 1)).players["defender"] is owned
+    away = replace(player, elsewhere=object())
+    assert frozen(state_of(away, 1)).players["defender"] is away
     held = frozen(state_of(player, 1)).players["defender"]
     assert not {t.data_ptr() for t in held.shadow.values()} & {t.data_ptr() for t in player.shadow.values()}
     assert all(torch.equal(held.shadow[name], tensor) for name, tensor in player.shadow.items())
