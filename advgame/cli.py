@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    from advgame.errors import InputError, RanksDied
+    from advgame.errors import DiskFull, InputError, RanksDied
     from advgame.rollout.engine import EngineError
 
     arguments, overrides = build_parser().parse_known_args(argv)
@@ -188,7 +188,7 @@ def _main(argv: list[str]) -> int:
         return int(run(arguments))
     except InputError as error:
         return _fail(str(error))
-    except (EngineError, RanksDied) as error:
+    except (EngineError, RanksDied, DiskFull) as error:
         return _fail(str(error), 1)
     except BaseExceptionGroup as group:  # a tree's failure, in the wrapping of the task group that played it
         known = group.subgroup((InputError, EngineError))

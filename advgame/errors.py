@@ -10,3 +10,7 @@ class InputError(ValueError):
 
 class RanksDied(RuntimeError):
     """Trainer ranks ended before the run did: one line says which, and how. The last checkpoint is intact."""
+
+
+class DiskFull(RuntimeError):
+    """A run's folder takes no more: one line says where, and how to go on. The last checkpoint is intact."""

@@ -284,6 +284,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Result], list[str]]]] = {
     "loop-cpu": ("loop", "loop-tiny-cpu-*.json", loop),
     "driver-cpu": ("driver", "driver-cpu-*.json", driver),
     "simulate-cpu": ("simulate", "simulate-cpu-*.json", simulate),
+    "simulate-ray-cpu": ("simulate --ray", "simulate-ray-cpu-*.json", simulate),
     "soak-cpu": ("soak", "soak-transformers-cpu-*.json", soak),
 }
 """Name of a table: benchmark, its files, what is made of one."""

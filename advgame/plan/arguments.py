@@ -23,6 +23,9 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--like", type=Path, action="append", default=[], metavar="RUN",
         help="simulate the config on the machine of this measured run, with its lengths and times (again: more runs)",
     )  # fmt: skip
-    parser.add_argument("--cores", type=int, metavar="N", help="with --like: cores of that machine (default: recorded)")
+    parser.add_argument(
+        "--cores", type=int, metavar="N", help="with --like: cores of that machine, or of a whole cluster (default: "
+        "as recorded where the run was started)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the drawn lengths (default 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")

@@ -68,7 +68,7 @@ def run_plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     shown += [("best" if i == 0 else "", one) for i, one in enumerate(found)]
     console.print(_layout_table(shown))
     top = shown[0][1] if arguments.layout else found[0]
-    console.print(_memory_line(top))
+    console.print(_memory_table(shown))
     steps = config.run.steps
     kwh = top.energy(steps)
     console.print(
@@ -159,7 +159,7 @@ def _layout_table(shown: list[tuple[str, Estimate]]) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for name in ("", "split", "s/step", "steps/h", "play", "train", "publish", "ZeRO", "busy A D J", "kW"):
+    for name in ("", "split", "s/step", "steps/h", "play", "train", "pub.", "ZeRO", "busy A D J", "kW"):
         table.add_column(name, justify="left" if name in ("", "split") else "right", no_wrap=True)
     for mark, one in shown:
         busy = " ".join(f"{one.play.busy.get(role, 0.0):.0%}" for role in ("attacker", "defender", "judge"))
@@ -170,15 +170,23 @@ def _layout_table(shown: list[tuple[str, Estimate]]) -> Table:
     return table
 
 
-def _memory_line(one: Estimate) -> str:
-    fit = one.fit
-    parts = ", ".join(f"{role} {gib:.0f}" for role, gib in one.memory.items())
-    gib = float(1 << 30)
-    return (
-        f"GiB on a GPU with {one.layout}: {parts} (trainer: states {fit.states / gib:.0f}, "
-        f"activations {fit.activations / gib:.0f}, head {fit.head / gib:.0f}; engines: weights and the cache that "
-        "256 completions can use)"
+def _memory_table(shown: list[tuple[str, Estimate]]) -> Table:
+    table = Table(
+        title="GiB on a GPU; the trainer's are states + activations + head, an engine's weights and the cache that 256 "
+        "completions can use",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
+    roles = [role for role in ("trainer", "attacker", "defender", "judge") if any(role in e.memory for _, e in shown)]
+    for name in ("split", *roles, "states", "activations", "head"):
+        table.add_column(name, justify="left" if name == "split" else "right", no_wrap=True)
+    gib = float(1 << 30)
+    for _, one in shown:
+        parts = (one.fit.states / gib, one.fit.activations / gib, one.fit.head / gib)
+        cells = [f"{one.memory[role]:.0f}" if role in one.memory else "" for role in roles]
+        table.add_row(str(one.layout), *cells, *(f"{part:.0f}" for part in parts))
+    return table
 
 
 def _scaling_table(rows: list[dict[str, float | str]]) -> Table:

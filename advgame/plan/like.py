@@ -57,10 +57,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Measured:
-    """A run: its replicas and cores, its steps, processor seconds of the driver a request, and seconds of a publish
-    into one engine: (all of it, the part that replicas take in turns)."""
+    """A run: what placed it (`placed`), its replicas and cores, its steps, processor seconds of the driver a request,
+    and seconds of a publish into one engine: (all of it, the part that replicas take in turns)."""
 
     path: Path
+    placed: str
     replicas: dict[str, int]
     cores: int
     most: int
@@ -113,9 +114,16 @@ def read_run(path: Path, cores: int | None = None) -> Measured:
             times = [[rows[n][f"publish/{name}/{part}_ms"] / 1e3 for part in parts] for n in measured]
             publishes[name] = statistics.median(map(sum, times)), statistics.median(each[1] for each in times)
     return Measured(
-        path, replicas_of(config), cores or starts[-1]["cpu_count"], config.rollout.vllm.max_sequences, steps,
-        statistics.median(drivers), publishes,
+        path, placed(config), replicas_of(config), cores or starts[-1]["cpu_count"],
+        config.rollout.vllm.max_sequences, steps, statistics.median(drivers), publishes,
     )  # fmt: skip
+
+
+def placed(config: Config) -> str:
+    """Where engines and trainer run: costs measured there hold nowhere else."""
+    if (ranks := config.cluster.trainer_ranks) is not None:
+        return f"{config.cluster.placement}, {ranks} trainer ranks"
+    return config.cluster.placement
 
 
 def check(config: Config, source: str) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from advgame.config import load_config
 from advgame.errors import InputError
-from advgame.plan.like import STAGES, Costs, Measured, Prediction, check, fit, predict, read_run, seconds_of
+from advgame.plan.like import STAGES, Costs, Measured, Prediction, check, fit, placed, predict, read_run, seconds_of
 from advgame.run.engines import replicas_of
 
 FAR = 0.15
@@ -28,6 +28,12 @@ def run_like(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(arguments.config, overrides)
     check(config, str(arguments.config))
     runs = [read_run(path, arguments.cores) for path in arguments.like]
+    for run in runs:
+        if run.placed != placed(config):
+            raise InputError(
+                f"--like {run.path}: cluster: it was played on {run.placed}, and {arguments.config} is to be on "
+                f"{placed(config)}; give a run that was placed alike, or set cluster.placement"
+            )
     lacking = sorted(set(replicas_of(config)) - {name for run in runs for name in run.replicas})
     if lacking:
         raise InputError(f"--like {arguments.like[0]}: no {lacking[0]} was measured there; give a run of the same game")

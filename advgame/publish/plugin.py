@@ -1,21 +1,39 @@
-"""Our entry point in vLLM (`vllm.general_plugins`, and through the worker extension): backend, plain CPU products."""
+"""Our entry point in vLLM (`vllm.general_plugins`, and through the worker extension): backend, plain CPU products, and
+an end with the trainer's."""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
+import tempfile
 from contextlib import suppress
 from typing import Any
 
 BACKEND = "advgame"
-"""The same name as in advgame/rollout/vllm_start.py, which must not import vLLM's side."""
+PARENT = "ADVGAME_PARENT"
+"""The same names as in advgame/rollout/vllm_start.py, which must not import vLLM's side."""
 
 
 def register() -> None:
     """Makes our weight-transfer engine known to vLLM's factory. May be called any number of times."""
+    trainer = os.environ.get(PARENT)
+    if trainer is not None and int(trainer) != os.getpid():  # one of an engine's processes
+        die_with_parent(int(trainer))
+        tempfile.tempdir = None  # a fork knows that of its parent, and has its own
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     with suppress(ValueError):  # registered already: the plugin and the worker extension both come here
         WeightTransferEngineFactory.register_engine(BACKEND, "advgame.publish.worker", "PublishEngine")
     _keep_cpu_weights()
+
+
+def die_with_parent(trainer: int) -> None:
+    """This process ends when its parent does: the trainer, or an engine's process that does the same."""
+    # PR_SET_PDEATHSIG
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+    if os.getppid() == 1 and trainer != 1:  # it ended before this call
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _keep_cpu_weights() -> None:

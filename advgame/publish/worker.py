@@ -5,7 +5,6 @@ Runs inside vLLM's worker processes. Nothing here is imported by the trainer's p
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from advgame.publish.meeting import VARIABLE, Call
 from advgame.publish.pieces import PieceReceiver, digest, messages_of
 from advgame.publish.plan import Plan, Source
 from advgame.publish.record import PlanRefused, record
+from advgame.rollout import vllm_sockets
 
 plugin.register()
 
@@ -116,12 +116,11 @@ class PublishWorker:
     """vLLM's `worker_extension_cls`: methods that the trainer calls with `collective_rpc`."""
 
     def advgame_guard(self, parent: int) -> int:
-        """Leaves Ctrl-C to the trainer, which finishes its step, and dies with it. Returns the process id."""
+        """Leaves Ctrl-C to the trainer, which finishes its step, and dies with it; writes down what it shares. Returns
+        the process id."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        # PR_SET_PDEATHSIG; a worker two levels down is reached through its own parent
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
-        if os.getppid() == 1 and parent != 1:  # the trainer died before this call
-            os.kill(os.getpid(), signal.SIGKILL)
+        plugin.die_with_parent(parent)
+        vllm_sockets.note_shared()
         return os.getpid()
 
     def advgame_plan(self, model_name: str, sources: list[Any]) -> dict[str, Any]:

@@ -27,6 +27,9 @@ TESTED_MINORS = (24, *range(27, 33))
 BACKEND = "advgame"
 """Name of our weight-transfer engine in vLLM's factory, also its plugin's name."""
 
+PARENT = "ADVGAME_PARENT"
+"""Who started an engine, told to its processes; as in advgame/publish/plugin.py, too."""
+
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM's CPU attention is compiled for; another size kills the engine at its first request."""
 
@@ -151,9 +154,11 @@ def environment(settings: VllmSettings, device: str | None, more: Mapping[str, s
     No usage statistics leave the machine, whatever vLLM's default.
     """
     wanted = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+    wanted[PARENT] = str(os.getpid())
     wanted["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
-    if "VLLM_RPC_BASE_PATH" not in os.environ and (sockets := vllm_sockets.folder()) is not None:
-        wanted |= {"VLLM_RPC_BASE_PATH": str(sockets), "TMPDIR": str(sockets)}  # its files of rendezvous go there, too
+    if (sockets := vllm_sockets.folder()) is not None:
+        wanted["TMPDIR"] = str(sockets)  # its files of rendezvous go there, too
+        wanted["VLLM_RPC_BASE_PATH"] = os.environ.get("VLLM_RPC_BASE_PATH", str(sockets))
     if device is not None:
         wanted["CUDA_VISIBLE_DEVICES"] = device
     if on_cpu():
@@ -235,8 +240,11 @@ def start(
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        vllm_sockets.tidy()  # after engines that were killed
         config = AsyncEngineArgs(**arguments).create_engine_config()
-        return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        started = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        vllm_sockets.tidy()
+        return started
 
 
 def alive(llm: Any) -> bool:

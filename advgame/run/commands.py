@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import shutil
 import sys
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from advgame.config import Config, dump_config, load_config
-from advgame.errors import InputError, RanksDied
+from advgame.errors import DiskFull, InputError, RanksDied
 from advgame.learn.watch import Watch
 from advgame.malloc import collect_rarely, keep_freed_memory
 from advgame.rollout.engine import EngineError
@@ -33,6 +34,8 @@ from advgame.run.trackers import make_trackers
 from advgame.world.training import PlayerRole
 from advgame.world.warmstart import steps_of
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a write that room would mend."""
 SUMMARY_NAMES = {
     names.EXPLOITABILITY: "exploitability",
     names.EXPLOITABILITY_BOUND: "exploitability_bound",
@@ -104,6 +107,13 @@ def _persist(plan: Plan, folder: RunFolder, checkpoint: Path | None, *, quiet: b
             with _ranks(plan) as watch:
                 _play(plan, folder, checkpoint, quiet=quiet, restarts=restarts, watch=watch)
             ended = True
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            where = error.filename or folder.path
+            raise DiskFull(
+                f"{where}: {error.strerror}; free some room, then continue with: advgame resume {folder.path}"
+            ) from error
         except RanksDied as died:
             checkpoint = latest_checkpoint(folder.checkpoints).path
             if (number := number + 1) > most:

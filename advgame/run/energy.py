@@ -8,12 +8,16 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from advgame.run import names
 
+ONE_NODE = (
+    "energy: of the node that this process runs on; what engines and trainer ranks use on other nodes is not available"
+)
+"""Said of a run on a cluster."""
 RAPL = Path("/sys/class/powercap")
 JOULES_PER_KWH = 3.6e6
 
@@ -104,8 +108,15 @@ def gpu_roles(engines: Mapping[str, str], visible: str | None) -> dict[str, list
 class EnergyMeter:
     """Readings between two laps. `roles` names the GPUs as `gpu_roles` does; others count as "other"."""
 
-    def __init__(self, roles: Mapping[str, Sequence[int]] | None = None, carbon: float = 0.4, rapl: Path = RAPL):
-        """`carbon` is in kg CO2e a kWh. Never raises: what is missing is said in `note`."""
+    def __init__(
+        self,
+        roles: Mapping[str, Sequence[int]] | None = None,
+        carbon: float = 0.4,
+        rapl: Path = RAPL,
+        *,
+        nodes: bool = False,
+    ):
+        """`carbon` is in kg CO2e a kWh. nodes: others may take part. Never raises: what is missing is in `note`."""
         self.carbon = carbon
         self._role_of = {index: role for role, indices in (roles or {}).items() for index in indices}
         self._gpus: NvmlCounters | None = None
@@ -120,7 +131,7 @@ class EnergyMeter:
         except OSError as error:
             reasons.append(f"RAPL: {error.strerror or error}")
         measured = self._gpus is not None or self._packages is not None
-        self.note = "" if measured else f"energy: not available ({'; '.join(reasons)})"
+        self.note = (ONE_NODE if nodes else "") if measured else f"energy: not available ({'; '.join(reasons)})"
         self._before = self._counters()
 
     def _counters(self) -> dict[str, float]:
@@ -135,7 +146,8 @@ class EnergyMeter:
         return found
 
     def lap(self) -> dict[str, float]:
-        """Metrics since the last lap: `energy/...` in joules and watts; always the processor seconds and memory used.
+        """Metrics since the last lap: `energy/...` in joules and watts, of GPUs memory and busy share too (by role, by
+        index); always the processor seconds and memory used.
 
         Energy of a whole package or GPU is counted, whoever else uses it.
         """
@@ -151,8 +163,16 @@ class EnergyMeter:
         values |= {f"energy/{name}_watts": joules / seconds for name, joules in spent.items()}
         values |= {"energy/joules": total, "energy/co2e_g": total / JOULES_PER_KWH * self.carbon * 1e3}
         if self._gpus is not None:
-            for index, size in self._gpus.memory_bytes().items():
-                values[f"energy/gpu{index}_memory_gib"] = size / 2**30
-            for index, share in self._gpus.busy().items():
-                values[f"energy/gpu{index}_busy"] = share
+            sizes, shares = self._gpus.memory_bytes(), self._gpus.busy()
+            values |= {f"energy/gpu{index}_memory_gib": size / 2**30 for index, size in sizes.items()}
+            values |= {f"energy/gpu{index}_busy": share for index, share in shares.items()}
+            for role, indices in self._by_role(sizes).items():
+                values[f"energy/gpu/{role}_memory_gib"] = sum(sizes[index] for index in indices) / 2**30
+                values[f"energy/gpu/{role}_busy"] = sum(shares[index] for index in indices) / len(indices)
         return values
+
+    def _by_role(self, indices: Iterable[int]) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for index in indices:
+            found.setdefault(self._role_of.get(index, "other"), []).append(index)
+        return found

@@ -77,6 +77,12 @@ def replicas_of(config: Config) -> dict[str, int]:
     return {name: config.rollout.vllm.replicas_of(name) for name in named}
 
 
+def devices_of(config: Config) -> dict[str, str]:
+    """CUDA_VISIBLE_DEVICES of the engines that have their own, those of replicas together."""
+    placed = config.rollout.vllm.devices.items() if config.rollout.engine == "vllm" else ()
+    return {name: devices if isinstance(devices, str) else ",".join(devices) for name, devices in placed}
+
+
 def judge_engine(config: Config) -> str | None:
     """What an llm judge is sampled by; None for other judges."""
     if config.judge.kind != "llm":

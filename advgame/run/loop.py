@@ -22,6 +22,7 @@ from advgame.rollout.speaker import Speaker
 from advgame.run import names
 from advgame.run.effort import Clock, Replicas, Totals, step_effort
 from advgame.run.energy import EnergyMeter, gpu_roles
+from advgame.run.engines import devices_of
 from advgame.run.evaluate import exact, examine_judge, judge_metrics, sampled_success, validate
 from advgame.run.folder import RunFolder
 from advgame.run.live import LiveView
@@ -77,7 +78,8 @@ async def train(
     """Plays from `progress.step` to the end; returns the final evaluation, or None if it was interrupted."""
     run, stop = session.config.run, Stop(view.note)
     plays = Plays(session, progress.kept, progress.owed)
-    energy = EnergyMeter(gpu_roles(engine_devices(session), os.environ.get("CUDA_VISIBLE_DEVICES")), run.carbon)
+    roles = gpu_roles(devices_of(session.config), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    energy = EnergyMeter(roles, run.carbon, nodes=session.config.cluster.placement == "ray")
     if energy.note:
         view.to_log(energy.note)
     counted, replicas = Counter(session.counters), Replicas(view.note)
@@ -165,13 +167,6 @@ async def aside(thread: Executor | None, function: Callable[..., T], *arguments:
     if thread is None:
         return function(*arguments)
     return await asyncio.get_running_loop().run_in_executor(thread, function, *arguments)
-
-
-def engine_devices(session: Session) -> Mapping[str, str]:
-    """CUDA_VISIBLE_DEVICES of the engines that have their own, those of replicas together."""
-    rollout = session.config.rollout
-    placed = rollout.vllm.devices.items() if rollout.engine == "vllm" else ()
-    return {name: devices if isinstance(devices, str) else ",".join(devices) for name, devices in placed}
 
 
 def check_answered(session: Session, trees: Sequence[Tree], step: int) -> None:

@@ -233,6 +233,13 @@ def test_command_prints_every_assumption_and_writes_json(tmp_path, capsys):
     assert tree["layouts"][0]["layout"] == "8+1+1+6"
     for name in tree["assumptions"]:
         assert name in text
+    # memory of every layout that is shown
+    shown = text.partition("GiB on a GPU")[2].partition("assumptions")[0]
+    for one in tree["layouts"]:
+        line = next(line for line in shown.splitlines() if line.strip().startswith(one["layout"] + " "))
+        assert line.split()[1:5] == [
+            f"{one['memory_gib'][role]:.0f}" for role in ("trainer", "attacker", "defender", "judge")
+        ]
     assert tree["layouts"][0]["memory_gib"]["trainer"] * GIB > 0
 
 

@@ -8,6 +8,7 @@ import pytest
 from command_line import fails
 from run import tree_samples
 
+from advgame import cli
 from advgame.config import build_config
 from advgame.game.rewards import TreeRewards
 from advgame.game.tree import Category
@@ -53,7 +54,7 @@ def measured(seeds, *, defenders=1, cores=2, noise=0.0, path="run"):
         categories = [tuple(Category)[i % 2] for i in range(2 * seeds)]
         steps.append(Step(trees, categories, seconds | {"publish": 0.03, "rest": 0.002 * seeds}, made.waited))
     return Measured(
-        path, replicas, cores, 256, steps, TRUE.driver, {"attacker": (0.01, 0.004), "defender": (0.02, 0.008)}
+        path, "local", replicas, cores, 256, steps, TRUE.driver, {"attacker": (0.01, 0.004), "defender": (0.02, 0.008)}
     )
 
 
@@ -141,8 +142,6 @@ def test_what_a_run_says(run):
 
 
 def test_the_command(run, capsys, tmp_path):
-    from advgame import cli
-
     two = ["--rollout.vllm.replicas", "{defender: 2}", "--data.harmful", "3"]
     words = ["plan", str(run / "config.yaml"), "--simulate", "--like", str(run), "--json", str(tmp_path / "p.json")]
     assert cli.main([*words, *two]) == 0
@@ -151,6 +150,19 @@ def test_the_command(run, capsys, tmp_path):
     assert "attacker 1 defender 2" in out
     made = json.loads((tmp_path / "p.json").read_text())
     assert made["prediction"]["total"] == pytest.approx(sum(made["prediction"]["seconds"].values()))
+
+
+def test_a_run_on_ray(run, capsys):
+    """Is taken for a config that Ray places, and for no other."""
+    config = json.loads((run / "config.yaml").read_text())
+    config["cluster"]["placement"] = "ray"
+    (run / "config.yaml").write_text(json.dumps(config))
+    words = ["plan", str(run / "config.yaml"), "--simulate", "--like", str(run)]
+    assert cli.main([*words, "--rollout.vllm.replicas", "{defender: 2}"]) == 0
+    assert "attacker 1 defender 2" in capsys.readouterr().out
+    err = fails(capsys, *words, "--cluster.placement", "local")
+    assert "cluster: it was played on ray, and" in err
+    assert "is to be on local; give a run that was placed alike, or set cluster.placement" in err
 
 
 def test_bad_input(run, capsys, tmp_path):

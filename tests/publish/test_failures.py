@@ -3,9 +3,6 @@
 import asyncio
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -318,48 +315,3 @@ def test_a_plan_that_is_refused_goes_through_the_loader_and_says_so(runner, fold
         assert_serves(runner, engine, pair[1], 1)  # both norms are ones
     finally:
         runner.run(engine.close())
-
-
-TRAINER = """
-import asyncio, sys, time
-sys.path.insert(0, {tests!r})
-import engines, models
-from advgame.publish.channels import ShmChannel
-from advgame.publish.plan import sources_of
-async def main():
-    model = models.model(seed=0, hidden=engines.HIDDEN)
-    engine = engines.vllm_engine({folder!r}, channel=ShmChannel("m", sources_of(model.named_parameters())))
-    await engine.start()
-    print("pids", *engine.process_ids, flush=True)
-    await asyncio.sleep(100)
-if __name__ == "__main__":
-    asyncio.run(main())
-"""
-
-
-def test_a_killed_trainer_leaves_neither_memory_nor_processes(tmp_path, folder):
-    def shared():
-        return set(os.listdir("/dev/shm"))
-
-    script = tmp_path / "trainer.py"
-    script.write_text(textwrap.dedent(TRAINER).format(tests=str(Path(__file__).parent.parent), folder=folder))
-    script.write_text(script.read_text().replace(repr(folder), f"__import__('pathlib').Path({str(folder)!r})"))
-    before = shared()
-    trainer = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL)
-    pids = next(line for line in trainer.stdout if line.startswith("pids")).split()[1:]
-    assert not any("advgame" in name for name in shared())
-    trainer.kill()
-    trainer.wait()
-    give_up = time.monotonic() + 10
-    while any(_alive(pid) for pid in pids):
-        assert time.monotonic() < give_up, "the engine outlives its trainer"
-        time.sleep(0.05)
-    left = [name for name in shared() - before if not name.startswith("sem.")]
-    assert left == []
-
-
-def _alive(pid):
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False

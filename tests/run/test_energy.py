@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -59,6 +62,30 @@ def test_process_seconds_are_those_that_were_used(tmp_path):
     total = sum(i * i for i in range(2_000_000))
     assert total
     assert 0 < meter.lap()["energy/process_cpu_s"] < 60
+
+
+def test_gpus_are_summed_by_role(monkeypatch, tmp_path):
+    """With a stand-in for NVML: two GPUs of an engine, one of the trainer, one of somebody else."""
+    millijoules = [1000, 5000, 7000, 9000]
+    fake = SimpleNamespace(
+        NVMLError=RuntimeError, nvmlInit=lambda: None, nvmlDeviceGetCount=lambda: 4,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: millijoules[handle],
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=(handle + 1) << 30),
+        nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=20 * handle),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    meter = EnergyMeter(gpu_roles({"judge": "1,2"}, None), carbon=0.5, rapl=tmp_path / "none", nodes=True)
+    assert meter.note.startswith("energy: of the node that this process runs on; ")
+    for index, more in enumerate((3.6e6, 1000, 2000, 0)):
+        millijoules[index] += int(more)
+    values = meter.lap()
+    joules = {role: values[f"energy/gpu/{role}_joules"] for role in ("trainer", "judge", "other")}
+    assert joules == {"trainer": 3600.0, "judge": 3.0, "other": 0.0}
+    assert values["energy/gpu/judge_watts"] > 0
+    assert values["energy/co2e_g"] == pytest.approx(3603 / 3.6e6 * 500)
+    assert (values["energy/gpu/judge_memory_gib"], values["energy/gpu/judge_busy"]) == (5.0, pytest.approx(0.3))
+    assert (values["energy/gpu0_memory_gib"], values["energy/gpu3_busy"]) == (1.0, 0.6)
 
 
 @pytest.mark.gpu
