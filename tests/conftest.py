@@ -35,13 +35,16 @@ def pytest_unconfigure(config):
         del os.environ["ADVGAME_CACHE"]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(items):
-    root = Path(__file__).parent
-    for item in items:
-        path = item.path.relative_to(root).as_posix()
-        if not path.startswith(SPREAD):
-            item.add_marker(pytest.mark.xdist_group(path))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests to one worker. xdist's own groups write into a test's id, which pytest 9.2 no longer lets them."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if nodeid.removeprefix("tests/").startswith(SPREAD) else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="module")
