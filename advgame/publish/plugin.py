@@ -10,6 +10,8 @@ import tempfile
 from contextlib import suppress
 from typing import Any
 
+from advgame.rollout import vllm_sockets
+
 BACKEND = "advgame"
 PARENT = "ADVGAME_PARENT"
 """The same names as in advgame/rollout/vllm_start.py, which must not import vLLM's side."""
@@ -21,6 +23,7 @@ def register() -> None:
     if trainer is not None and int(trainer) != os.getpid():  # one of an engine's processes
         die_with_parent(int(trainer))
         tempfile.tempdir = None  # a fork knows that of its parent, and has its own
+        vllm_sockets.note_shared()  # the queues are to come; a start that is cut short leaves something too
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     with suppress(ValueError):  # registered already: the plugin and the worker extension both come here
