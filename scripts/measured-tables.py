@@ -171,6 +171,13 @@ def driver(result: Result) -> list[str]:
     return [title, "", *rows(["trees in flight", "ours", "tokenizer", "event loop"], body)]
 
 
+def fronts(result: Result) -> list[str]:
+    """What engines cost the driver's process."""
+    title = f"Processor milliseconds of the driver's process a request; {result['requests']} at once."
+    body = [[name, f"{milliseconds:.2f}"] for name, milliseconds in result["result"].items()]
+    return [title, "", *rows(["engine", "ms"], body)]
+
+
 def simulate(result: Result) -> list[str]:
     """The simulation's step against the measured one of a layout that it was not told of."""
     made = result["result"]
@@ -283,6 +290,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Result], list[str]]]] = {
     "play-cpu": ("play", "play-3-engines-cpu-*.json", play),
     "loop-cpu": ("loop", "loop-tiny-cpu-*.json", loop),
     "driver-cpu": ("driver", "driver-cpu-*.json", driver),
+    "fronts-cpu": ("fronts", "fronts-cpu-*.json", fronts),
     "simulate-cpu": ("simulate", "simulate-cpu-*.json", simulate),
     "simulate-ray-cpu": ("simulate --ray", "simulate-ray-cpu-*.json", simulate),
     "soak-cpu": ("soak", "soak-transformers-cpu-*.json", soak),
