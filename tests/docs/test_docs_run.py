@@ -35,7 +35,7 @@ SMALL = {
     "train configs/qwen": "--run.steps 1 --run.validate_every 0 --data.harmful 1 --data.benign 1 "
     "--data.validation_limit 1 --attacker.sampling.max_tokens 8 --defender.sampling.max_tokens 8 "
     "--judge.sampling.max_tokens 8",
-    "lab": "--steps 2 --only dpo-md",
+    "lab": "--steps 2 --only dpo-md --seeds 1 --worlds easy",
     "eval": "--limit 2",
     "redteam": "--limit 2",
 }
@@ -76,8 +76,6 @@ def place(tmp_path_factory, server):
     assert cli.main([*map(str, words), "--quiet"]) == 0
     for name in ("RUN", "THE-RUN", "A", "B", "joint", "turns"):
         (here / "runs" / name).symlink_to(here / "runs/mine")
-    for name in ("RUN", "ANOTHER"):
-        (here / name).symlink_to(here / "runs/mine")
     (here / "configs").symlink_to(ROOT / "configs")
     (here / "data").mkdir()
     behaviours(here / "data/harmbench_behaviors_text_all.csv")
@@ -120,9 +118,24 @@ def test_the_pages_lines_run(place, server, monkeypatch, page):
         assert cli.main([*words, "--quiet"]) == 0, line
 
 
+def measured_runs(place, monkeypatch):
+    """RUN and ANOTHER: on vLLM, and long enough to tell a plan what a step takes."""
+    pytest.importorskip("vllm")
+    monkeypatch.setattr("advgame.run.loop.exact", lambda session: {})
+    few = ["--data.harmful", "4", "--data.benign", "4", "--data.validation_limit", "4", "--run.validate_every", "0"]
+    vllm = ["--rollout.engine", "vllm", "--rollout.vllm.cache_gib", "0.25", "--rollout.vllm.max_model_len", "256"]
+    words = ["train", "configs/tiny.yaml", "--quiet", "--run.name", "measured", "--run.steps", "5"]
+    assert cli.main([*words, *few, *vllm]) == 0
+    for name in ("RUN", "ANOTHER"):
+        (place / name).symlink_to(place / "runs/measured")
+
+
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("line", OTHERS)
 def test_other_lines_run(place, monkeypatch, line):
     monkeypatch.chdir(place)
+    if "--like" in line:
+        measured_runs(place, monkeypatch)
     words = shlex.split(line)[1:]
     known = " ".join(words)
     words += next((extra.split() for start, extra in SMALL.items() if known.startswith(start)), [])

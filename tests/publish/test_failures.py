@@ -180,7 +180,7 @@ def test_a_cancelled_start_leaves_no_process(runner, folder, monkeypatch):
     runner.run(run())
     assert seen
     give_up = time.monotonic() + 5
-    while any(_alive(pid) for pid in seen):
+    while any(engines.running(pid) for pid in seen):
         assert time.monotonic() < give_up
         time.sleep(0.05)
 
@@ -248,10 +248,10 @@ def test_requests_in_flight(runner, engine, pair, mode):
                 logps = model(input_ids=ids).logits[0].log_softmax(-1)[rows, torch.tensor(sample.token_ids)]
             gaps.append((logps - torch.tensor(sample.logprobs)).abs())
         old, new = gaps
-        if mode == "finish":
-            assert old.max() < 1e-3
         # one switch from the old weights to the new ones, each log-prob exact on its side of it
         switch = int((old < 1e-3).long().cumprod(0).sum())
+        if mode == "finish":
+            assert switch in (0, len(old))  # 0: on a busy machine it comes after the publish
         assert (new[switch:] < 1e-3).all()
         assert sample.version == (0 if switch else 1)
     assert_serves(runner, engine, pair[1], 1)
