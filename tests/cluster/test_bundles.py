@@ -123,6 +123,7 @@ def test_devices_and_replicas_agree():
         of({"defender": ["0"]})
 
 
+@pytest.mark.slow
 def test_a_local_run_imports_no_ray():
     code = (
         "import sys; import advgame.run.commands, advgame.run.engines, advgame.rollout.replicas; "

@@ -202,6 +202,7 @@ def test_candidates_use_every_gpu():
         assert all(layout.gpus == 16 for layout in layouts)
 
 
+@pytest.mark.slow
 def test_scaling_names_what_limits():
     """With a slow driver thousands of GPUs wait for it; with a free one they wait for a model or for training."""
     config, cast, _, how = published()

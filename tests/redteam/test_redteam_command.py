@@ -290,6 +290,7 @@ def started(line, server, asked):
     return process
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_and_repeats_nothing(tmp_path, seeds, whole):
     """SIGKILL in the middle; whatever had been answered and read is on the record."""
     out = tmp_path / "out"
@@ -306,6 +307,7 @@ def test_a_killed_process_goes_on_and_repeats_nothing(tmp_path, seeds, whole):
     assert candidates(out) == whole
 
 
+@pytest.mark.slow
 def test_ctrl_c_waits_for_what_is_paid_for(tmp_path, seeds, whole):
     out = tmp_path / "out"
     with Server(delay=0.1) as server:

@@ -13,6 +13,8 @@ from advgame.rollout.engine import EngineError, Request, Sampling, stream_seed
 from advgame.rollout.sampler_process import SamplerProcess
 from advgame.rollout.transformers_engine import TransformersEngine
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [(3, 9, 10), (3, 9, 10, 11, 12, 13), (3, 14)]
 
 

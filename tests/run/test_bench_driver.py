@@ -8,6 +8,7 @@ import pytest
 from bench import driver, records
 
 
+@pytest.mark.slow
 def test_the_bench_plays_whole_trees_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     assert driver.main(["--trees", "2", "5", "--rounds", "1", "--out"]) == 0

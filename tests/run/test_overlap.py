@@ -20,6 +20,8 @@ from advgame.run import loop, names, verify
 from advgame.run.effort import Clock, Totals, step_effort
 from advgame.run.recorder import read_trees, tree_files
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def words(tmp_path):

@@ -17,6 +17,8 @@ from advgame.run import commands, loop
 from advgame.run.plays import Plays
 from advgame.run.recorder import read_trees, tree_files
 
+pytestmark = pytest.mark.slow
+
 RESTARTS = "count/trainer_restarts"
 
 

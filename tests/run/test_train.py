@@ -20,6 +20,8 @@ from advgame.rollout.engine import EngineDied
 from advgame.rollout.transformers_engine import TransformersEngine
 from advgame.run import loop, names
 
+pytestmark = pytest.mark.slow
+
 
 def seed_file(path, rows=6):
     """Seeds of the length and format of public adversarial sets (about 800 characters)."""
