@@ -6,7 +6,7 @@ import pytest
 
 from bench import fronts, records
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def test_both_fronts_are_asked(tmp_path, monkeypatch, capsys):

@@ -42,7 +42,7 @@ from advgame.run.recorder import read_trees, tree_files  # noqa: E402
 from advgame.run.session import Side  # noqa: E402
 from advgame.world.world import open_world  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # many processes; ten minutes on two slow, busy cores
 NODES = (2, 2, 2)
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 SHORT = {

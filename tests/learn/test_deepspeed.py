@@ -27,7 +27,7 @@ needs_deepspeed = pytest.mark.skipif(
 LEARNS = {"world": {"level": "easy"}, "data": {"harmful": 4, "benign": 4}}
 
 
-def torchrun(ranks, *words, timeout=280):
+def torchrun(ranks, *words, timeout=800):
     """(standard output, standard error) of a command of `ranks` processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
