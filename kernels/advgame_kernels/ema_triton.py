@@ -1,9 +1,7 @@
-"""The weight average over a whole model in one Triton launch, from a table of addresses.
+"""The weight average over a whole model in one Triton launch, from a table of addresses (segments_triton.py).
 
-Every program takes one segment of one tensor; it finds the tensor by bisecting the table, so that the table has a
-row a tensor rather than a row a segment (a 7 B model has 100 thousand of those). Speed of light: 14 bytes a
-parameter with a float32 player and a bf16 copy. `step` = 1 − decay is read on the device, so a schedule can live
-there.
+Every program takes one segment of one tensor. Speed of light: 14 bytes a parameter with a float32 player and a bf16
+copy. `step` = 1 − decay is read on the device, so a schedule can live there.
 """
 
 # Triton kernels carry no annotations but constexpr.
@@ -20,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from advgame_kernels._launch import device_of
+from advgame_kernels.segments_triton import bisections, on_device, row_of
 
 BLOCK = 2048
 BLOCKS = 32  # a program's share of a tensor
@@ -48,14 +47,7 @@ def ema_kernel(
 ):
     """shadow += step · (param − shadow) on one segment; the copy is written while the new value is in registers."""
     segment = tl.program_id(0).to(tl.int64)
-    low = 0
-    high = tensors
-    for _ in tl.static_range(BISECTIONS):  # first segment of `low` <= segment < first segment of `high`
-        middle = (low + high) // 2
-        right = tl.load(table + middle * 6 + 5) <= segment
-        low = tl.where(right, middle, low)
-        high = tl.where(right, high, middle)
-    row = table + low * 6
+    row = row_of(table, segment, tensors, 6, 5, BISECTIONS)
     shadow = tl.load(row).to(tl.pointer_type(SHADOW))
     param = tl.load(row + 1).to(tl.pointer_type(PARAM))
     publish = tl.load(row + 2).to(tl.pointer_type(PUBLISH))
@@ -120,15 +112,13 @@ def prepare(
     table, segments = _table(shadow, params, publish, compensation)
     aligned = bool((table[:, :4] % 16 == 0).all())
     device = shadow[0].device
-    if device.type == "cuda":
-        table = table.pin_memory().to(device, non_blocking=True)
     constants = {
         "SHADOW": TRITON_TYPES[shadow[0].dtype], "PARAM": TRITON_TYPES[params[0].dtype],
         "PUBLISH": TRITON_TYPES[publish[0].dtype if publish else torch.float32], "HAS_PUBLISH": bool(publish),
         "COMPENSATED": bool(compensation), "STOCHASTIC": stochastic, "ALIGNED": aligned,
-        "BISECTIONS": table.shape[0].bit_length(),
+        "BISECTIONS": bisections(table),
     }  # fmt: skip
-    return Launch(table, segments, device, constants)
+    return Launch(on_device(table, device), segments, device, constants)
 
 
 @torch.library.custom_op("advgame_kernels::ema_update_", mutates_args=("shadow", "publish", "compensation"))

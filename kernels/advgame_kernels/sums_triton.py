@@ -1,4 +1,4 @@
-"""Checksums over a whole model in one Triton launch, from a table of addresses like ema_triton.py's.
+"""Checksums over a whole model in one Triton launch, from a table of addresses (segments_triton.py).
 
 Every program adds up one segment of one tensor and adds that to the tensor's place in the output, by one atomic of 64
 bits: integers, so that the order does not matter. Four bytes are read as a word where the address allows it, else each
@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from advgame_kernels._launch import device_of
+from advgame_kernels.segments_triton import bisections, on_device, row_of
 
 BLOCK = 2048
 # A program's share: 32 blocks. A lane's sum of 128 products of a byte and 16 bits just fits 31 bits.
@@ -44,14 +45,7 @@ def sums_kernel(
 ):
     """out[tensor] += Σ byte · (2 · weight + 1) over one segment."""
     segment = tl.program_id(0).to(tl.int64)
-    low = 0
-    high = tensors
-    for _ in tl.static_range(BISECTIONS):  # first segment of `low` <= segment < first segment of `high`
-        middle = (low + high) // 2
-        right = tl.load(table + middle * 4 + 2) <= segment
-        low = tl.where(right, middle, low)
-        high = tl.where(right, high, middle)
-    row = table + low * 4
+    row = row_of(table, segment, tensors, 4, 2, BISECTIONS)
     address = tl.load(row)
     size = tl.load(row + 1)
     own = segment - tl.load(row + 2)
@@ -115,6 +109,5 @@ def prepare(tensors: Sequence[Tensor], out: Tensor) -> Launch:
             rows.append((t.data_ptr(), size, segments, number))
             segments += -(-size // share)
     table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)
-    if out.device.type == "cuda":
-        table = table.pin_memory().to(out.device, non_blocking=True)
-    return Launch(table, out, segments, {"WORDS": words, "BISECTIONS": len(rows).bit_length()})
+    constants = {"WORDS": words, "BISECTIONS": bisections(rows)}
+    return Launch(on_device(table, out.device), out, segments, constants)
