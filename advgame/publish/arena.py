@@ -7,7 +7,7 @@ from then on each side's mapping keeps it alive. There is no window in which a c
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +83,13 @@ def flat_view(arena: Tensor, offset: int, elements: int, dtype: torch.dtype) -> 
 
 def checksum(tensor: Tensor) -> int:
     """Of a tensor's bytes, in the order of its elements; the same wherever it lies."""
-    return checksums([tensor])[0]
+    return checksums({"": tensor})[""]
 
 
-def checksums(tensors: Sequence[Tensor]) -> list[int]:
-    """Of each tensor, on one device: one launch, one read (`advgame_kernels.byte_sums`)."""
-    return unsigned(byte_sums([tensor.detach().contiguous() for tensor in tensors]))
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Of each tensor by name, on one device: one launch, one read (`advgame_kernels.byte_sums`)."""
+    sums = byte_sums([tensor.detach().contiguous() for tensor in tensors.values()])
+    return dict(zip(tensors, unsigned(sums), strict=True))
 
 
 def unsigned(sums: Tensor) -> list[int]:

@@ -56,8 +56,7 @@ def flats_of(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
 def checksums(model: nn.Module, plan: Plan) -> dict[str, int]:
     """A checksum of every storage, read through the model's own parameters."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    found = arena.checksums([parameters[storage.parameters[0]].data for storage in plan.storages])
-    return {storage.name: own for storage, own in zip(plan.storages, found, strict=True)}
+    return arena.checksums({storage.name: parameters[storage.parameters[0]].data for storage in plan.storages})
 
 
 def copied_checksums(plan: Plan, flats: Mapping[str, Tensor]) -> dict[str, int]:

@@ -58,7 +58,7 @@ class LoaderChannel(NoTurns):
         }
 
     async def deliver(self, llm: Any, *, verify: bool) -> None:
-        sums = dict(zip(self._tensors, checksums(list(self._tensors.values())), strict=True)) if verify else None
+        sums = checksums(self._tensors) if verify else None
         await llm.collective_rpc("advgame_load", args=(self._path, self._size, self._entries, sums))
 
     def close(self) -> None:
