@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from advgame.environ import variables
 
 ENVIRONMENT = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
 """Beside the token; children that join the cluster inherit both."""
@@ -18,14 +19,11 @@ def nodes(cpus: Sequence[int], system: Mapping[str, Any] | None = None) -> Itera
 
     What the environment said before stands there again afterwards.
     """
-    wanted = ENVIRONMENT | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    import ray
-    from ray._raylet import AuthenticationTokenLoader, Config
-    from ray.cluster_utils import Cluster
+    with variables(ENVIRONMENT | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}):
+        import ray
+        from ray._raylet import AuthenticationTokenLoader, Config
+        from ray.cluster_utils import Cluster
 
-    try:
         Config.initialize("")  # it was read when Ray was imported
         AuthenticationTokenLoader.instance().reset_cache()
         head = {"num_cpus": 0, "include_dashboard": False}
@@ -39,9 +37,3 @@ def nodes(cpus: Sequence[int], system: Mapping[str, Any] | None = None) -> Itera
         finally:
             ray.shutdown()
             made.shutdown()
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

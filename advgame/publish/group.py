@@ -7,7 +7,6 @@ for the other side has a time limit; the trainer makes them in threads of their 
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import threading
 import time
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from advgame.environ import variables
 from advgame.errors import InputError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -83,19 +83,11 @@ def join(store: Any, name: str, rank: int, size: int, *, device: torch.device, h
         options._timeout = limit
         return gloo(prefixed, rank, size, options)
     nccl: Any = dist.ProcessGroupNCCL
-    before = os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING")
     # else torch's watchdog would end this process when the other side dies
-    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
-    try:
-        with torch.cuda.device(device):
-            options = nccl.Options()
-            options._timeout = limit
-            return nccl(prefixed, rank, size, options)
-    finally:
-        if before is None:
-            del os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"]
-        else:
-            os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = before
+    with variables({"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}), torch.cuda.device(device):
+        options = nccl.Options()
+        options._timeout = limit
+        return nccl(prefixed, rank, size, options)
 
 
 def broadcast(group: Any, tensor: Tensor, seconds: float, called_off: Callable[[], bool] | None = None) -> None:

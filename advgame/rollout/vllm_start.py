@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from advgame.environ import variables
 from advgame.errors import InputError
 from advgame.rollout import vllm_sockets
 from advgame.rollout.settings import VllmSettings
@@ -168,17 +169,8 @@ def environment(settings: VllmSettings, device: str | None, more: Mapping[str, s
         if settings.eager is not False:
             wanted["TORCHDYNAMO_DISABLE"] = "1"
     wanted |= more or {}
-    with _starting:
-        before = {name: os.environ.get(name) for name in wanted}
-        os.environ.update(wanted)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
+    with _starting, variables(wanted):
+        yield
 
 
 def engine_arguments(
