@@ -2,8 +2,8 @@
 
 Real engines with a tiny model answer short requests, all at once: one is a child of this process, which runs vLLM's
 front itself; the other an actor on a Ray cluster of one node, whose calls are all that this process does. Processor
-time of this process a request, in alternation; the engines' own cores are other processes and do not count. Under it
-stands what our stand-ins add, `bench driver` has the rest.
+time of this process a request, in alternation, our own stand-ins for the engines included; the engines' cores are
+other processes and do not count. What the game adds is `bench driver`'s.
 """
 
 from __future__ import annotations

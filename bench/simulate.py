@@ -1,10 +1,10 @@
 """The simulation against real runs of another layout: `python -m bench simulate [--ray] [--steps 40] [--out]`.
 
 The tiny world is played on vLLM's engines, all processes on this machine; with `--ray` every engine is an actor on a
-node of its own of a Ray cluster. Two runs with one engine for each player, of
-a small and a large batch, fix the costs (`advgame/plan/like.py`); from them alone it is predicted what a step takes
-with two Defender replicas and a batch between the two, and then that is measured. Nothing of the measured layout enters
-its prediction. Runs that are in FOLDER already are not made again.
+node of its own of a Ray cluster. Two runs with one engine for each player, of a small and a large batch, fix the costs
+(`advgame/plan/like.py`); from them alone it is predicted what a step takes with two Defender replicas and a batch
+between the two, and then that is measured. Nothing of the measured layout enters its prediction. Runs that are in
+FOLDER already are not made again.
 """
 
 from __future__ import annotations
