@@ -95,7 +95,7 @@ def node_of(engine):
     return where()
 
 
-def test_a_node_that_dies_is_known_within_seconds_and_its_engine_placed_anew(runner, cluster, tmp_path):
+def test_a_node_that_dies_is_known_within_five_seconds_and_its_engine_placed_anew(runner, cluster, tmp_path):
     weights, counters = engines.Weights(), Counter()
     settings = engines.settings(transport="collective", publish_timeout_s=60.0, verify_every=1)
     ray_cluster.connect(cluster.address)
@@ -148,7 +148,7 @@ def test_a_node_that_dies_is_known_within_seconds_and_its_engine_placed_anew(run
             return seconds, answers
 
         seconds, answers = runner.run(play())
-        assert seconds < 15  # 5 where nothing else runs
+        assert seconds < 5
         assert len(answers) > 8
         assert {answer.version for answer in answers} == {1}
         assert counters["defender_moved"] > 0
@@ -163,7 +163,7 @@ def test_a_node_that_dies_is_known_within_seconds_and_its_engine_placed_anew(run
         os.kill(made[1].process_ids[0], signal.SIGSTOP)
         stopped = time.perf_counter()
         runner.run(engines.until(lambda: not made[1].serving, 10))
-        assert time.perf_counter() - stopped < 10
+        assert time.perf_counter() - stopped < 5
         runner.run(engine.publish(3, weights.write))
         engines.everybody_up(runner, engine)
         for one in made:
