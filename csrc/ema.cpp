@@ -19,22 +19,19 @@ namespace generic {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi2")
+#define ADVGAME_AVX2 1  // g++ sets its own macros by the command line alone, whatever the pragma says
 namespace avx2 {
 #include "ema.inl"
 }  // namespace avx2
+#undef ADVGAME_AVX2
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prefer-vector-width=512")
+#define ADVGAME_AVX512 1
 namespace avx512 {
 #include "ema.inl"
 }  // namespace avx512
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prefer-vector-width=512")
-namespace avx512_bf16 {
-#include "ema.inl"
-}  // namespace avx512_bf16
+#undef ADVGAME_AVX512
 #pragma GCC pop_options
 #endif

@@ -74,11 +74,11 @@ static void ema_of(const EmaTensor& job, int64_t begin, int64_t end, const EmaCa
 // Past the caches, for what nobody reads soon: a line need not be fetched in order to be overwritten. A whole line at `p`.
 static inline void stream(uint16_t* p, F one, F two) {
     const H halves[2] = {narrow(one), narrow(two)};
-#ifdef __AVX512F__
+#ifdef ADVGAME_AVX512
     __m512i line;
     __builtin_memcpy(&line, halves, sizeof line);
     _mm512_stream_si512((__m512i*)p, line);
-#elif defined(__AVX2__)
+#elif defined(ADVGAME_AVX2)
     _mm256_stream_si256((__m256i*)p, (__m256i)halves[0]);
     _mm256_stream_si256((__m256i*)p + 1, (__m256i)halves[1]);
 #else
@@ -103,7 +103,7 @@ static void ema_streamed(const EmaTensor& job, int64_t begin, int64_t end, const
         stream(publish + j, one, two);
     }
     ema_of<rounding, P, uint16_t>(job, last, end, call);
-#ifdef __AVX2__
+#if defined(ADVGAME_AVX512) || defined(ADVGAME_AVX2)
     _mm_sfence();
 #endif
 }

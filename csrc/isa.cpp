@@ -29,20 +29,13 @@ static const Kernels table{"avx2", row_stats, row_grads, ema, byte_sum};
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prefer-vector-width=512")
+#define ADVGAME_AVX512 1  // g++ sets its own macros by the command line alone, whatever the pragma says
 namespace avx512 {
 #include "kernels.inl"
 #include "sums.inl"
 static const Kernels table{"avx512", row_stats, row_grads, ema, byte_sum};
 }  // namespace avx512
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prefer-vector-width=512")
-namespace avx512_bf16 {
-#include "kernels.inl"
-#include "sums.inl"
-static const Kernels table{"avx512_bf16", row_stats, row_grads, ema, byte_sum};
-}  // namespace avx512_bf16
+#undef ADVGAME_AVX512
 #pragma GCC pop_options
 #endif
 
@@ -50,8 +43,7 @@ static bool runs(const char* name) {
 #ifdef ADVGAME_X86
     __builtin_cpu_init();
     if (!std::strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (!std::strcmp(name, "avx512_bf16") && !__builtin_cpu_supports("avx512bf16")) return false;
-    if (!std::strncmp(name, "avx512", 6))
+    if (!std::strcmp(name, "avx512"))
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
@@ -61,7 +53,6 @@ static bool runs(const char* name) {
 const Kernels* find_kernels(const char* name) {
     if (!runs(name)) return nullptr;
 #ifdef ADVGAME_X86
-    if (!std::strcmp(name, "avx512_bf16")) return &avx512_bf16::table;
     if (!std::strcmp(name, "avx512")) return &avx512::table;
     if (!std::strcmp(name, "avx2")) return &avx2::table;
 #endif
@@ -69,7 +60,7 @@ const Kernels* find_kernels(const char* name) {
 }
 
 const Kernels* best_kernels() {
-    for (const char* name : {"avx512_bf16", "avx512", "avx2", "generic"})
+    for (const char* name : {"avx512", "avx2", "generic"})
         if (const Kernels* found = find_kernels(name)) return found;
     return &generic::table;
 }

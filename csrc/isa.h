@@ -11,4 +11,3 @@ const Kernels* find_kernels(const char* name);  // null when this processor cann
 namespace generic { void ema(const EmaTensor&, int64_t begin, int64_t end, const EmaCall&); }
 namespace avx2 { void ema(const EmaTensor&, int64_t begin, int64_t end, const EmaCall&); }
 namespace avx512 { void ema(const EmaTensor&, int64_t begin, int64_t end, const EmaCall&); }
-namespace avx512_bf16 { void ema(const EmaTensor&, int64_t begin, int64_t end, const EmaCall&); }

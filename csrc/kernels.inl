@@ -7,18 +7,6 @@
 
 typedef double D __attribute__((vector_size(64)));
 
-// The same for gradients, where the processor's own instruction may take subnormal numbers for zero.
-static inline void store_grads(float* p, F x) { store(p, x); }
-
-static inline void store_grads(uint16_t* p, F x) {
-#ifdef __AVX512BF16__
-    const H out = (H)_mm512_cvtneps_pbh((__m512)x);
-    __builtin_memcpy(p, &out, sizeof out);
-#else
-    store(p, x);
-#endif
-}
-
 static inline F largest(F a, F b) { return a > b ? a : b; }
 
 // Neighbours added up in float64.
@@ -41,8 +29,31 @@ static inline float peak_of(F x) {
     return top;
 }
 
-// 2^(x·s) for x·s in [−126, 127]: x·s = n + r with |r| <= 1/2, 2^r from a polynomial (relative error 1e-7, exactly 1 at 0), n
-// added to the exponent. Adding 1.5 · 2^23 leaves the rounded integer in the low bits of the mantissa.
+// 2^(x·s) for x·s in [−126, 127], relative error 1.5e-7, exactly 1 at 0. Adding 1.5 · 2^23 leaves the rounded integer in the low
+// bits of the mantissa; a smaller constant leaves as many binary places as the table has.
+#ifdef ADVGAME_AVX512
+// x·s = n + k/32 + r with |r| <= 1/64: 2^(k/32) from a table in two registers, looked up by the low five bits on a port that has
+// nothing else to do; 2^r − 1 from a quadratic. Entry k lacks the k/32 that adding 32n + k to its exponent and mantissa brings.
+static const uint32_t kPowers[2 * kLanes] = {
+    0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
+    0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
+    0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
+    0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3,
+};
+
+static inline F exp2_(F x, F s) {
+    U low, high;
+    __builtin_memcpy(&low, kPowers, sizeof low);
+    __builtin_memcpy(&high, kPowers + kLanes, sizeof high);
+    const F magic = splat(12582912.0f / 32);
+    const F shifted = x * s + magic;
+    const F r = x * s - (shifted - magic);
+    const F rest = (splat(2.402265e-1f) * r + 6.9315733e-1f) * r;
+    const F power = (F)(__builtin_shuffle(low, high, (U)shifted) + ((U)shifted << 18));
+    return power * rest + power;
+}
+#else
+// x·s = n + r with |r| <= 1/2: 2^r from a polynomial, n added to the exponent.
 static inline F exp2_(F x, F s) {
     const F magic = splat(12582912.0f);
     const F shifted = x * s + magic;
@@ -55,6 +66,7 @@ static inline F exp2_(F x, F s) {
     p = p * r + 1.0f;
     return (F)((U)p + ((U)shifted << 23));
 }
+#endif
 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -113,8 +125,8 @@ struct Tile {
 };
 
 // As much of a row as is short enough for float sums, and for the first-level cache in case it is read again.
-constexpr int64_t kTile = 32 * kStep;
-constexpr int kAhead = 1024;  // bytes of prefetch: the hardware's own stops at every page
+constexpr int64_t kTile = 128 * kStep;
+constexpr int kAhead = 2048;  // bytes of prefetch: the hardware's own stops at every page
 
 template <class T>
 static inline void prefetch_step(const T* p) {
@@ -256,7 +268,7 @@ static void grads_of_row(const Rows& job, int64_t row) {
     int64_t j = 0;
     for (; j + kLanes <= job.vocab; j += kLanes) {
         __builtin_prefetch((const char*)(logits + j) + kAhead);
-        store_grads(grads + j, grads_of_block<capped, with_entropy>(load(logits + j), f));
+        store(grads + j, grads_of_block<capped, with_entropy>(load(logits + j), f));
     }
     if (j < job.vocab) {
         const int n = (int)(job.vocab - j);

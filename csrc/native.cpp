@@ -111,5 +111,5 @@ PYBIND11_MODULE(_native, m) {
     m.def("ema_update", &ema_update, free);
     m.def("byte_sums", &byte_sums, free);
     m.def("isa", [] { return std::string(active->name); }, "The instruction set in use.");
-    m.def("use_isa", &use_isa, "Use 'avx512_bf16', 'avx512', 'avx2' or 'generic'; for tests.");
+    m.def("use_isa", &use_isa, "Use 'avx512', 'avx2' or 'generic'; for tests.");
 }

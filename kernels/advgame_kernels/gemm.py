@@ -3,7 +3,8 @@
 On CUDA all three are single cuBLAS calls with half-precision operands and float32 accumulation. cuBLAS writes
 float32 from bfloat16 operands, which torch exposes as `mm.dtype_out` and `addmm.dtype_out`. The CPU backend has
 neither: there MKL is asked directly where it can serve (gemm_mkl.py), and otherwise mixed precision goes through
-float32 copies of a block of the vocabulary at a time.
+float32 copies of a block of the vocabulary at a time. So do bfloat16 products on a processor without bfloat16
+arithmetic: MKL's emulation there takes three times as long, and memory for a copy of the head.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ CPU_BLOCK = 4096  # vocabulary rows converted to float32 at once
 # Vocabulary rows of one float32 product on the CPU: MKL packs its right operand whole before it begins, a copy of the
 # head's rows as long as the chunk is wide; in blocks the copy stays in the cache.
 MKL_BLOCK = 8192
+
+
+def _emulated(out: Tensor) -> bool:
+    """Whether a product of out's dtype is better computed in float32."""
+    return out.device.type == "cpu" and out.dtype == torch.bfloat16 and not gemm_mkl.native_bfloat16()
 
 
 @torch.library.custom_op("advgame_kernels::accumulate_", mutates_args=("total",))
@@ -37,7 +43,7 @@ def logits_into(
     bias: Tensor | None,  # (V,)
 ) -> None:
     """out = hidden @ weight.T + bias."""
-    if out.dtype == hidden.dtype:
+    if out.dtype == hidden.dtype and not _emulated(out):
         blocks = hidden.device.type == "cpu" and hidden.dtype == torch.float32 and not torch.compiler.is_compiling()
         step = MKL_BLOCK if blocks else weight.shape[0]
         for start in range(0, weight.shape[0], step):
@@ -52,10 +58,12 @@ def logits_into(
     elif gemm_mkl.serves(out, hidden, weight.t()):
         gemm_mkl.product_into(out, hidden, weight.t())
     else:
-        wide = hidden.to(out.dtype)
+        wide = hidden.float()
         for start in range(0, weight.shape[0], CPU_BLOCK):
-            block = weight[start : start + CPU_BLOCK].to(out.dtype)
-            out[:, start : start + CPU_BLOCK] = wide @ block.t()
+            some = slice(start, start + CPU_BLOCK)
+            block = wide @ weight[some].float().t()
+            out[:, some] = block if bias is None else block.add_(bias[some])
+        return
     if bias is not None:
         out += bias
 
@@ -66,7 +74,14 @@ def hidden_grad_into(
     weight: Tensor,  # (V, H)
 ) -> None:
     """out = dlogits @ weight."""
-    torch.mm(dlogits, weight, out=out)
+    if not _emulated(out):
+        torch.mm(dlogits, weight, out=out)
+        return
+    total = torch.zeros(out.shape, dtype=torch.float32)
+    for start in range(0, weight.shape[0], CPU_BLOCK):
+        some = slice(start, start + CPU_BLOCK)
+        total.addmm_(dlogits[:, some].float(), weight[some].float())
+    out.copy_(total)
 
 
 def add_weight_grad_(

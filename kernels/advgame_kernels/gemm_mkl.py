@@ -39,7 +39,7 @@ def _function() -> Callable[..., None] | None:
 
 
 @functools.cache
-def _native_bfloat16() -> bool:
+def native_bfloat16() -> bool:
     """Whether the processor has bfloat16 products; False where torch has no way of telling."""
     known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(ask is not None and ask() for ask in known)
@@ -47,7 +47,7 @@ def _native_bfloat16() -> bool:
 
 def available() -> bool:
     """Whether `product_into` can be used, and should be."""
-    return os.environ.get("ADVGAME_MKL_BF16") != "0" and _native_bfloat16() and _function() is not None
+    return os.environ.get("ADVGAME_MKL_BF16") != "0" and native_bfloat16() and _function() is not None
 
 
 def serves(out: Tensor, a: Tensor, b: Tensor) -> bool:

@@ -39,7 +39,7 @@ def require() -> None:
 
 
 def isa() -> str:
-    """The instruction set that the extension uses here: 'avx512_bf16', 'avx512', 'avx2' or 'generic'."""
+    """The instruction set that the extension uses here: 'avx512', 'avx2' or 'generic'."""
     require()
     return str(_native.isa())
 

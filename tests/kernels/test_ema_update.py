@@ -83,7 +83,7 @@ def isas() -> list[str]:
     if not native.available():
         return ["generic"]
     used, found = native.isa(), []
-    for isa in ("generic", "avx2", "avx512", "avx512_bf16"):
+    for isa in ("generic", "avx2", "avx512"):
         try:
             native._native.use_isa(isa)
             found.append(isa)

@@ -77,6 +77,24 @@ def test_logits_and_weight_gradient(path):
     torch.testing.assert_close(total.double(), 2 * share, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_products_that_stay_bfloat16(monkeypatch, native, with_bias):
+    """Rounded once, whether the processor multiplies bfloat16 or float32 blocks do it."""
+    monkeypatch.setattr(gemm_mkl, "native_bfloat16", lambda: native)
+    rows, width, vocab = 9, 24, gemm.CPU_BLOCK + 5
+    hidden, weight = matrices(rows, width, vocab)
+    weight = weight.t().contiguous()
+    bias = torch.linspace(-1, 1, vocab).bfloat16() if with_bias else None
+    logits, exact = torch.full((rows, vocab), float("nan")).bfloat16(), hidden.double() @ weight.double().t()
+    gemm.logits_into(logits, hidden, weight, bias)
+    exact = exact if bias is None else exact + bias.double()
+    torch.testing.assert_close(logits.double(), exact, rtol=2**-8, atol=1e-5)
+    grad = torch.full((rows, width), float("nan")).bfloat16()
+    gemm.hidden_grad_into(grad, logits, weight)
+    torch.testing.assert_close(grad.double(), logits.double() @ weight.double(), rtol=2**-8, atol=1e-3)
+
+
 @pytest.mark.parametrize("skip_below", [0.0, 1e-9])
 def test_loss_and_gradients(path, skip_below):
     narrow = head_problem([40, 23, 31, 55], vocab=501, width=32).to(torch.bfloat16)
