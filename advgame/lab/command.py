@@ -72,7 +72,7 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
             raise InputError(f"--only {missing[0]!r}: known: {', '.join(known)}")
         variants = [known[name] for name in arguments.only]
     folder = Path(advgame.__file__).parent.parent / "configs"
-    every = max(1, steps // 12) if full else 0
+    every = max(1, steps // 6) if full else 0
     return [
         Job(variant, world, seed, steps, every, folder / CONFIGS[world], arguments.out / "runs")
         for world in worlds

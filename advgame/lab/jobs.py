@@ -63,7 +63,8 @@ class Job:
     def overrides(self) -> list[str]:
         return [
             "--run.seed", str(self.seed), "--world.seed", str(self.seed), "--run.steps", str(self.steps),
-            "--run.exact_every", str(self.exact_every), "--run.tensorboard", "false", *self.variant.words,
+            "--run.exact_every", str(self.exact_every), "--run.validate_every", str(self.exact_every),
+            "--run.tensorboard", "false", *self.variant.words,
         ]  # fmt: skip
 
     def command(self) -> list[str]:

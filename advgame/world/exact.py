@@ -129,17 +129,17 @@ def exact_report(
     *,
     intents: Sequence[Intent] = INTENTS,
     framings: Framings = "all",
-    batch: int = 64,
+    batch: int = 256,
 ) -> ExactReport:
     """Enumerates `model` (any causal LM of the world's vocabulary, in eval mode) on its own device.
 
     `intents` and `framings` narrow the enumeration for cheap looks during training; `batch` prompts go
-    through the model at a time. All 24 576 prompts take 5 to 9 s on one core for the default player.
+    through the model at a time. All 24 576 prompts take 5 to 10 s on one core for the default player.
     """
     return summarise([_intent_report(kind_masses(model, attacks(intent, framings), batch)) for intent in intents])
 
 
-def kind_masses(model: PreTrainedModel, prompts: Sequence[ParsedPrompt], batch: int = 64) -> KindMasses:
+def kind_masses(model: PreTrainedModel, prompts: Sequence[ParsedPrompt], batch: int = 256) -> KindMasses:
     """What the Defender does on `prompts`, which must be of one intent (ValueError otherwise)."""
     if len({prompt.intent for prompt in prompts}) != 1:
         raise ValueError("kind_masses wants at least one prompt, all of one intent")
