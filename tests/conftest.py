@@ -44,7 +44,14 @@ def pytest_xdist_make_scheduler(config, log):
         def _split_scope(self, nodeid):
             return nodeid if nodeid.removeprefix("tests/").startswith(SPREAD) else nodeid.partition("::")[0]
 
+    config.option.loadscopereorder = False  # which would put files of few tests last, the longest of all
     return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first, so that no worker is left with one of them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="module")
