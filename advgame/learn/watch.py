@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from advgame.daemons import start_daemon
 from advgame.errors import RanksDied
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ class Watch:
                 self._news.notify_all()
 
         self.check()
-        threading.Thread(target=run, daemon=True, name="advgame-ranks").start()
+        start_daemon(run, "advgame-ranks")
         with self._news:
             self._news.wait_for(lambda: ended or self._death is not None)
         if not ended:

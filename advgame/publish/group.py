@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from advgame.daemons import start_daemon
 from advgame.environ import variables
 from advgame.errors import InputError
 
@@ -136,8 +136,7 @@ def limited(call: Callable[[], T], seconds: float, called_off: Callable[[], bool
         except Exception as error:
             failed.append(error)
 
-    thread = threading.Thread(target=run, daemon=True, name="advgame-collective")
-    thread.start()
+    thread = start_daemon(run, "advgame-collective")
     until = time.monotonic() + seconds
     while thread.is_alive():
         thread.join(LOOK_S)
@@ -197,7 +196,7 @@ async def off_thread(call: Callable[[], Any]) -> Any:
         with suppress(RuntimeError):  # the loop has been closed meanwhile
             loop.call_soon_threadsafe(settle, result, error)
 
-    threading.Thread(target=run, daemon=True, name="advgame-collective").start()
+    start_daemon(run, "advgame-collective")
     return await future
 
 

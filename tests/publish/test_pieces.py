@@ -1,5 +1,7 @@
 """Shards sent piece by piece over gloo: uneven, absent, of one rank; into fused, sliced, padded and tied places."""
 
+import subprocess
+import sys
 import threading
 import time
 from math import prod
@@ -223,3 +225,20 @@ def test_a_sender_whose_workers_are_silent_leaves_when_it_is_told():
         groups.broadcast(made[0], data, SECONDS, over)
     assert 0.2 < time.perf_counter() - start < 2
     made.clear()  # as when the other side dies: what hung ends at once
+
+
+def test_a_process_that_gave_a_call_up_ends_as_it_should():
+    """The call wakes while the interpreter shuts down, since the store ends with it."""
+    code = """
+from datetime import timedelta
+import torch.distributed as dist
+from advgame.publish import group
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+client = dist.TCPStore("127.0.0.1", store.port, timeout=timedelta(seconds=0.6), wait_for_workers=False)
+try:
+    group.limited(lambda: client.get("nothing"), 5.0, lambda: True)
+except RuntimeError as error:
+    print(error)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "called off\n"), ended.stderr
