@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError
@@ -45,6 +45,7 @@ class PlayerSettings(Section):
 class Config(Section):
     """Everything that decides a run."""
 
+    trust_remote_code: bool = Field(False, description="Let model folders run their own Python code.")
     run: RunSettings = Field(default_factory=RunSettings, description="Length, seed, outputs.")
     world: WorldSettings | None = Field(None, description="The embedded tiny world; null: real models and seed files.")
     data: DataSettings = Field(default_factory=DataSettings, description="Seeds.")
@@ -55,7 +56,6 @@ class Config(Section):
     rollout: RolloutSettings = Field(default_factory=RolloutSettings, description="Sampling.")
     learn: LearnSettings = Field(default_factory=LearnSettings, description="Learning.")
     cluster: ClusterSettings = Field(default_factory=ClusterSettings, description="Where vLLM engines run.")
-    trust_remote_code: bool = Field(False, description="Let model folders run their own Python code.")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -184,7 +184,10 @@ def describe_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[
                 yield path, "(required)", field.description or ""
                 continue
             default = field.get_default(call_default_factory=True)
-            yield path, yaml.safe_dump(_plain(default), default_flow_style=True).split("\n")[0], field.description or ""
+            kinds = [] if get_origin(field.annotation) is dict else candidates
+            choices = [str(value) for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
+            meaning = f"{field.description or ''}{' One of: ' + ', '.join(choices) + '.' if choices else ''}"
+            yield path, yaml.safe_dump(_plain(default), default_flow_style=True).split("\n")[0], meaning
 
 
 def _plain(value: Any) -> Any:

@@ -44,12 +44,13 @@ def kernels(result: Result) -> list[str]:
             ours = next(iter(part["timings"].values()))["milliseconds"]
             body = [
                 [who, f"{t['milliseconds']:.0f}", f"{t['milliseconds'] / ours:.2f}",
-                 f"{t['milliseconds'] / part['floor_ms']:.2f}", mib(t["extra_bytes"])]
+                 f"{t['milliseconds'] / part['floor_ms']:.2f}", f"{t['spread']:.0%}", mib(t["extra_bytes"])]
                 for who, t in part["timings"].items()
             ]  # fmt: skip
-            floor = ["*three bare GEMMs (floor)*", f"{part['floor_ms']:.0f}", f"{part['floor_ms'] / ours:.2f}", "1", ""]
+            least = part["floor_ms"]
+            floor = ["*three bare GEMMs (floor)*", f"{least:.0f}", f"{least / ours:.2f}", "1", "", ""]
             lines += [f"Preference loss, forward and backward: {name.removeprefix('preference: ')}.", ""]
-            lines += [*rows(["", "ms", "× ours", "× floor", "extra MiB"], [floor, *body]), ""]
+            lines += [*rows(["", "ms", "× ours", "× floor", "spread", "extra MiB"], [floor, *body]), ""]
     body = []
     for name, part in result.items():
         if name.startswith("logprobs: "):

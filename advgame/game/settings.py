@@ -11,6 +11,10 @@ from advgame.rollout.settings import EndpointSettings, SamplingSettings
 from advgame.settings import Section
 
 
+class JudgeSampling(SamplingSettings):
+    max_tokens: PositiveInt = Field(8192, description="Longest completion, closing token included.")
+
+
 class JudgeSettings(Section):
     kind: Literal["rule", "llm", "phrases"] = Field(
         "llm",
@@ -27,18 +31,17 @@ class JudgeSettings(Section):
     samples: PositiveInt = Field(1, description="Verdicts sampled per question (llm).")
     swap: bool = Field(False, description="Ask each pair in both orders and average (llm).")
     style: Literal["reason", "brief", "verdict"] = Field(
-        "reason", description="An llm judge reasons first, in two sentences at the most, or writes its verdict only."
+        "reason",
+        description="An llm judge reasons first; brief: in two sentences at the most; verdict: not at all.",
     )
     stop_at_verdict: bool | None = Field(
         None,
         description="End a completion at its verdict's closing tag, so that its first verdict counts (llm); "
         "null: unless style is reason, where the last one counts.",
     )
-    sampling: SamplingSettings = Field(
-        default_factory=lambda: SamplingSettings(max_tokens=8192), description="How an llm judge samples."
-    )
     noise: NonNegativeFloat = Field(0.0, description="Standard deviation added to each score (rule).")
     bias: NonNegativeFloat = Field(0.0, description="Strength of position and length bias (rule).")
+    sampling: JudgeSampling = Field(default_factory=JudgeSampling, description="How an llm judge samples.")
 
 
 class GameSettings(Section):

@@ -64,13 +64,31 @@ def test_files_that_a_page_names_are_there(page):
         assert (ROOT / path).exists(), path
 
 
+def blocks(text: str) -> list[str]:
+    """What stands in code blocks without a language; those with one (YAML, scripts) are other tests'."""
+    found: list[str] = []
+    inside: list[str] | None = None
+    language = ""
+    for line in text.splitlines():
+        if line.lstrip().startswith("```"):
+            if inside is None:
+                inside, language = [], line.strip().removeprefix("```")
+            else:
+                found += [] if language else ["\n".join(inside)]
+                inside = None
+        elif inside is not None:
+            inside.append(line)
+    return found
+
+
 def commands() -> list[tuple[str, str]]:
-    """Every `advgame ...` line in a code block, continuation lines joined."""
+    """Every `advgame ...` line in a code block, continuation lines joined, variables before it left out."""
     found = []
     for page in PAGES:
-        for block in re.findall(r"```\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for block in blocks(page.read_text(encoding="utf-8")):
             for line in block.replace("\\\n", " ").splitlines():
                 line = re.split(r"(?:^|\s)#", line)[0].strip().removeprefix(".venv/bin/")
+                line = re.sub(r"^(?:[A-Z_]+=\S+ )+", "", line)
                 if line.startswith("advgame "):
                     found.append((page.name, " ".join(line.split())))
     return found
@@ -84,7 +102,10 @@ def test_commands_parse(page, line):
     config = getattr(arguments, "config", None)
     if config is not None:
         from advgame.config import load_config
+        from advgame.entry import placed
 
+        if "cluster" in arguments:
+            overrides = placed(arguments, overrides)
         load_config(ROOT / config, overrides)
     else:
         assert not overrides

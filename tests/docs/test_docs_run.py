@@ -29,7 +29,9 @@ pytestmark = pytest.mark.slow
 
 LIMITED = ("evaluation.md", "redteam.md")
 LINES = [(page, line) for page, line in commands() if page in LIMITED]
-OTHERS = sorted({line for page, line in commands() if page not in LIMITED})
+GPUS = "--cluster ray"
+"""In lines that want a cluster of GPUs: they are read (`test_docs.py`), and `tests/cluster` plays such runs on Ray."""
+OTHERS = sorted({line for page, line in commands() if page not in LIMITED and GPUS not in line})
 SMALL = {
     "train configs/tiny": "--run.steps 2",
     "train configs/qwen": "--run.steps 1 --run.validate_every 0 --data.harmful 1 --data.benign 1 "
