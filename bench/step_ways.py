@@ -1,6 +1,6 @@
 """One training step of a player, from the published way to ours, one change after another.
 
-The published way (GAME.md, "Learning"): right-padded batches with an attention mask; full forwards of the player, of
+The published way (docs/step.md): right-padded batches with an attention mask; full forwards of the player, of
 the frozen initial model and of the moving average; all logits of all rows of each; the prompt once for the chosen
 and once more for the rejected completion; clipping, AdamW, moving average and its bf16 copy one after another.
 """

@@ -47,7 +47,7 @@ class Group:
 
 
 def clip_rejected(chosen: Sample, rejected: Sample) -> Sample:
-    """A rejected completion that hit max length is cut to the chosen one's length if it is longer (GAME.md)."""
+    """A rejected completion that hit max length is cut to the chosen one's length if it is longer."""
     length = len(chosen.token_ids)
     if rejected.finished or len(rejected.token_ids) <= length:
         return rejected

@@ -40,7 +40,7 @@ class Stream(IntEnum):
 
 @dataclass(frozen=True)
 class PlayRules:
-    """One configuration of the game (GAME.md, "Players and one round")."""
+    """One configuration of the game (docs/game.md)."""
 
     attacks: int = 2
     responses: int = 2

@@ -1,4 +1,4 @@
-"""Rewards of a tree: GAME.md's failure table, mean judge scores, and the representative of each attack.
+"""Rewards of a tree: what each failure is worth, mean judge scores, and the representative of each attack.
 
 `None` is "no reward": left out of pairs and of baselines, never read as zero.
 """
@@ -111,7 +111,7 @@ def _attack_reward(
 
 
 def tree_rewards(tree: Tree, rules: RewardRules) -> TreeRewards:
-    """All rewards of `tree` under `rules` (GAME.md, "What every failure does")."""
+    """All rewards of `tree` under `rules`."""
     judged = mean_scores(tree.verdicts, len(tree.attacks))
     responses = tuple(response_rewards(attack) for attack in tree.attacks)
     attacks = tuple(_attack_reward(attack, i, tree, judged, rules) for i, attack in enumerate(tree.attacks))

@@ -34,7 +34,7 @@ def attacker_rubric(category: Category) -> Rubric:
 
 
 class Outcome(StrEnum):
-    """How an attack or a response ended, in the order of precedence of GAME.md's failure table."""
+    """How an attack or a response ended; of several failures the first in this order."""
 
     OK = "ok"
     ENGINE_FAILED = "engine_failed"

@@ -46,7 +46,7 @@ VARIANTS = (
         "--game.self_play true --learn.objective reinforce --rollout.source live",
     ),
 )  # fmt: skip
-"""GAME.md's table of variants; the tiny world's rule judge stands for "another judge model" with noise and bias."""
+"""In the table's order; the tiny world's rule judge stands for "another judge model" with noise and bias."""
 
 
 def _sweep(field: str, label: str, values: tuple[str, ...], words: str) -> tuple[Variant, ...]:

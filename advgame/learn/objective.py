@@ -1,4 +1,4 @@
-"""From pairs or groups to a loss: the objectives of GAME.md over the kernel library's public functions."""
+"""From pairs or groups to a loss: the game's objectives over the kernel library's public functions."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def group_normalizer(groups: Sequence[Group], aggregate: str) -> float:
 
 
 def member_weights(groups: Sequence[Group], aggregate: str, normalizer: float | None = None) -> list[list[float]]:
-    """Per group and member, the weight of each of its tokens (GAME.md, "Learning: GRPO").
+    """Per group and member, the weight of each of its tokens (GRPO).
 
     group: token sums, averaged over a group's members (failed ones count as zero), then over groups; token: one
     mean over all tokens that learn. normalizer: the sum of `group_normalizer` over all ranks; None: these groups'.

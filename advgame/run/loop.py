@@ -1,4 +1,4 @@
-"""The loop: play, learn, publish, measure, save. One step of GAME.md is one turn of `train`."""
+"""The loop: play, learn, publish, measure, save. One step of the game (docs/game.md) is one turn of `train`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pairs, clipping, groups, baselines and weights as GAME.md has them."""
+"""Pairs, clipping, groups, baselines and weights, each rule by itself."""
 
 import pytest
 from game.trees import BENIGN, HARMFUL, attack, pair, response, sample, tree

@@ -1,4 +1,4 @@
-"""GAME.md's failure table row by row, and the representative of an attack."""
+"""What each failure is worth, row by row, and the representative of an attack."""
 
 import pytest
 from game.trees import attack, pair, response, tree

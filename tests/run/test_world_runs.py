@@ -35,7 +35,7 @@ def resident_mb(pid):
 def test_the_embedded_default(tmp_path):
     """`make train`: the worst case falls from most to almost nothing, in bounded time and memory.
 
-    The bounds are LAB.md's target for the mean of three seeds, with room for one seed on a busy machine.
+    The bounds are docs/tiny-world.md's target for the mean of three seeds, with room for one seed on a busy machine.
     """
     placed = ["--run.root", str(tmp_path), "--run.name", "run"]
     command = [sys.executable, "-m", "advgame.cli", "train", str(TINY), *placed]
