@@ -18,7 +18,7 @@ namespace generic {
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi2")
+#pragma GCC target("avx2,fma")
 #define ADVGAME_AVX2 1  // g++ sets its own macros by the command line alone, whatever the pragma says
 namespace avx2 {
 #include "ema.inl"
@@ -27,7 +27,7 @@ namespace avx2 {
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #define ADVGAME_AVX512 1
 namespace avx512 {
 #include "ema.inl"

@@ -19,7 +19,7 @@ static const Kernels table{"generic", row_stats, row_grads, ema, byte_sum};
 #define ADVGAME_X86 1
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi2")
+#pragma GCC target("avx2,fma")
 namespace avx2 {
 #include "kernels.inl"
 #include "sums.inl"
@@ -28,7 +28,7 @@ static const Kernels table{"avx2", row_stats, row_grads, ema, byte_sum};
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #define ADVGAME_AVX512 1  // g++ sets its own macros by the command line alone, whatever the pragma says
 namespace avx512 {
 #include "kernels.inl"

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -18,7 +19,12 @@ void parallel_for(int64_t total, int64_t grain, int threads, Body body) {
     }
     std::vector<std::thread> pool;
     pool.reserve(parts - 1);
-    for (int64_t i = 1; i < parts; ++i) pool.emplace_back([=] { body(total * i / parts, total * (i + 1) / parts); });
+    int64_t i = 1;
+    try {
+        for (; i < parts; ++i) pool.emplace_back([=] { body(total * i / parts, total * (i + 1) / parts); });
+    } catch (const std::system_error&) {
+        body(total * i / parts, total);  // no thread to be had: the rest is this one's
+    }
     body(int64_t{0}, total / parts);
     for (auto& thread : pool) thread.join();
 }

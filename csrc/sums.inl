@@ -6,7 +6,7 @@
 
 // Over bytes [begin, end) of `data`, modulo 2^64.
 uint64_t byte_sum(const uint8_t* data, int64_t begin, int64_t end) {
-    constexpr uint32_t factor = 40503;
+    constexpr uint32_t factor = 2654435761u;
     constexpr int64_t line = 4 * kLanes, most = 64 * line;  // a lane adds up 256 products of a byte and 16 bits: 32 bits
     uint64_t weighted = 0, plain = 0;
     int64_t i = begin;
@@ -20,7 +20,7 @@ uint64_t byte_sum(const uint8_t* data, int64_t begin, int64_t end) {
             __builtin_memcpy(&word, data + i, sizeof word);
             for (uint32_t k = 0; k < 4; ++k) {
                 const U byte = (word >> (8 * k)) & 0xffu;
-                products += byte * ((place + k * factor) & 0xffffu);
+                products += byte * ((place + k * factor) >> 16);
                 bytes += byte;
             }
             place += (uint32_t)line * factor;
@@ -28,6 +28,6 @@ uint64_t byte_sum(const uint8_t* data, int64_t begin, int64_t end) {
         for (int lane = 0; lane < kLanes; ++lane) weighted += products[lane], plain += bytes[lane];
     }
 #endif
-    for (; i < end; ++i) weighted += (uint64_t)data[i] * ((uint32_t)i * factor & 0xffffu), plain += data[i];
+    for (; i < end; ++i) weighted += (uint64_t)data[i] * ((uint32_t)i * factor >> 16), plain += data[i];
     return 2 * weighted + plain;
 }

@@ -1,8 +1,9 @@
 """Checksums of many tensors in one launch, without the tensors leaving their device.
 
-Of each tensor's bytes, in the order of its elements: Σ byte(i) · (2 · (40503 · i mod 2^16) + 1) modulo 2^64. Every
-weight is odd, so that a change of one byte always shows; so do two bytes that changed places, unless their places
-agree modulo 2^16. 40503 is 2^16 over the golden ratio: neighbours get far weights. Floor: one read of every byte.
+Of each tensor's bytes, in the order of its elements: Σ byte(i) · (2 · w(i) + 1) modulo 2^64, w(i) the upper half of
+2654435761 · i modulo 2^32. Every weight is odd, so that a change of one byte always shows. The factor is 2^32 over the
+golden ratio: neighbours get far weights, and so do places that lie a power of two apart, as rows and heads do. Weights
+repeat after 4 GiB. Floor: one read of every byte.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from advgame_kernels import native, passes
 from advgame_kernels._checks import one_of, refuse
 from advgame_kernels.passes import IMPLS
 
-FACTOR = 40503
+FACTOR = 2654435761
 _PART = 1 << 24
 
 
@@ -28,7 +29,7 @@ def byte_sums_ref(tensors: Sequence[Tensor], *, impl: str = "auto") -> Tensor:
         for start in range(0, data.numel(), _PART):
             part = data[start : start + _PART].to(torch.int64)
             places = torch.arange(start, start + part.numel(), device=part.device)
-            sums[number] += (part * ((places * FACTOR & 0xFFFF) * 2 + 1)).sum()
+            sums[number] += (part * (((places * FACTOR & 0xFFFFFFFF) >> 16) * 2 + 1)).sum()
     return sums
 
 

@@ -29,8 +29,8 @@ OPTIONS: dict[str, Any] = {"num_warps": 8}
 
 @triton.jit
 def _weights(places):
-    """Half of the weights' even part, from the low bits of the places alone."""
-    return ((places & 0xFFFF) * 40503) & 0xFFFF
+    """Half of the weights' even part; -1640531535 is 2654435761 in 32 bits with a sign."""
+    return ((places * -1640531535) >> 16) & 0xFFFF
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def sums_kernel(
         for block in range(BLOCKS):
             offsets = (own * BLOCKS + block) * BLOCK + lanes
             word = tl.load(words + offsets, mask=offsets < count, other=0)
-            first = (offsets & 0xFFFF).to(tl.int32) * 4
+            first = (offsets * 4).to(tl.int32)
             for k in tl.static_range(4):
                 byte = (word >> (8 * k)) & 0xFF
                 weighted += byte * _weights(first + k)
@@ -67,12 +67,12 @@ def sums_kernel(
         # what is left of the last word is the first program's
         offsets = count * 4 + lanes
         byte = tl.load(data + offsets, mask=offsets < tl.where(own == 0, size, 0), other=0).to(tl.int32)
-        rest = byte * (2 * _weights((offsets & 0xFFFF).to(tl.int32)) + 1)
+        rest = byte * (2 * _weights(offsets.to(tl.int32)) + 1)
     else:
         for block in range(BLOCKS):
             offsets = (own * BLOCKS + block) * BLOCK + lanes
             byte = tl.load(data + offsets, mask=offsets < size, other=0).to(tl.int32)
-            weighted += byte * _weights((offsets & 0xFFFF).to(tl.int32))
+            weighted += byte * _weights(offsets.to(tl.int32))
             plain += byte
         rest = tl.zeros([BLOCK], dtype=tl.int32)
     total = tl.sum(2 * weighted.to(tl.int64) + (plain + rest).to(tl.int64))

@@ -23,7 +23,7 @@ def filled(size: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 
 
 def by_hand(data: bytes) -> int:
-    return sum(b * (2 * (FACTOR * i % 2**16) + 1) for i, b in enumerate(data)) % 2**64
+    return sum(b * (2 * (FACTOR * i % 2**32 >> 16) + 1) for i, b in enumerate(data)) % 2**64
 
 
 def test_the_reference_is_the_formula():
@@ -88,6 +88,26 @@ def test_bytes_and_places_show():
         tensors[-1][place] += 1
     assert len(set(ak.byte_sums(tensors).tolist())) == 3 + 143
     assert ak.byte_sums([data, data.clone()]).unique().numel() == 1
+
+
+@pytest.mark.parametrize("size", [1 << n for n in range(4, 21)])
+def test_halves_that_changed_places_show(size):
+    """As rows, heads and pieces of a transport lie: powers of two apart."""
+    data = filled(2 * size, torch.uint8)
+    assert ak.byte_sums([data, data.roll(size)]).unique().numel() == 2
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_places_beyond_32_bits_of_sign(impl):
+    """The weights wrap, in every implementation alike: from bytes 2^31 on a product's place has its sign bit set."""
+    if DEVICE == "cpu" and impl == "triton":
+        pytest.skip("minutes in the interpreter")
+    size = (1 << 31) + 4099
+    data = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
+    at = torch.tensor([0, 70_000, (1 << 31) - 1, 1 << 31, (1 << 31) + 4098], device=DEVICE)
+    data[at] = torch.tensor([1, 2, 3, 4, 5], dtype=torch.uint8, device=DEVICE)
+    want = sum(b * (2 * (FACTOR * i % 2**32 >> 16) + 1) for i, b in zip(at.tolist(), range(1, 6), strict=True))
+    assert ak.byte_sums([data], impl=impl).tolist() == [want]
 
 
 def test_what_cannot_be_summed_is_refused():
