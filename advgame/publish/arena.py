@@ -107,14 +107,29 @@ def check_free(size: int, transport: str) -> None:
         )
 
 
-def free_bytes() -> int:
+CONTROL = Path("/sys/fs/cgroup")
+GROUPS = (
+    ("memory.max", "memory.current", "memory.stat", ""),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_"),
+)
+"""Files of control groups, version 2 and 1: limit, use, statistics, how file pages are called there."""
+
+
+def free_bytes() -> float:
     """Memory that can still be had: the machine's, or what this control group may still take."""
     machine = next(
         int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line
     )
+    return min([machine, *map(_group_free, GROUPS)])
+
+
+def _group_free(names: tuple[str, str, str, str]) -> float:
+    """What a control group may still take, files that it can drop counted as free; infinite without a limit."""
+    most, used, statistics, files = names
     try:
-        most = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        return machine if most == "max" else min(machine, int(most) - used)
-    except (OSError, ValueError):
-        return machine
+        limit = (CONTROL / most).read_text().strip()
+        pages = dict(line.split() for line in (CONTROL / statistics).read_text().splitlines())
+        kept = sum(int(pages[f"{files}{state}_file"]) for state in ("active", "inactive"))
+        return float("inf") if limit == "max" else int(limit) - int((CONTROL / used).read_text()) + kept
+    except (OSError, ValueError, KeyError):
+        return float("inf")

@@ -76,6 +76,7 @@ class ArenaChannel(NoTurns):
     def prepare(self) -> dict[str, str]:
         """Opens the meeting of the coming start; returns what the engine finds it by."""
         self._leave()
+        self._made = None  # a restart's memory comes in the place of this
         self._meeting = Meeting(self.model, self.sources, self._memory.grant)
         return self._meeting.environment
 
@@ -88,6 +89,10 @@ class ArenaChannel(NoTurns):
         assert self._meeting is not None, "prepare comes first"
         try:
             plans = self._meeting.outcome()
+        except PlanRefused:
+            if len(self._memory.parts) == 1:  # of several ranks one may live there already
+                self._memory.close()
+            raise
         finally:
             self._leave()
         if self.plans and [p.hash for p in plans] != [p.hash for p in self.plans]:
@@ -107,6 +112,8 @@ class ArenaChannel(NoTurns):
                 torch.cuda.synchronize(part.device)
             if self._device is not None:
                 torch.cuda.synchronize(self._device)
+        if verify and (wrong := self.destinations.astray()):
+            raise RuntimeError(f"what was staged is not where the engine reads it: {', '.join(wrong[:3])}")
         if verify:
             await llm.collective_rpc("advgame_verify", args=([plan.hash for plan in self.plans], self.checksums()))
 

@@ -29,6 +29,7 @@ class Destinations(Mapping[str, Tensor]):
         self.staged: tuple[str, ...] = ()
         self.scattered = self.summed = self.verify = False
         self._plans, self._parts, self._sums = plans, parts, list[PreparedSums]()
+        self._of: list[str] = []  # whose each copy is
         self.key = " ".join(plan.hash for plan in plans)
         scatters: list[tuple[Tensor, Tensor]] = []
         pieces: dict[str, list[tuple[bool, Tensor, int, int]]] = {}
@@ -55,6 +56,7 @@ class Destinations(Mapping[str, Tensor]):
             for _, target, rank, number in pieces[source.name]:
                 taken = plans[rank].copies[number].taken
                 scatters.append((target, view_of(stage.flatten(), taken)))
+                self._of.append(source.name)
         self.copies = Copies(scatters)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -103,8 +105,19 @@ class Destinations(Mapping[str, Tensor]):
             for plan, sums in zip(self._plans, self.sums, strict=True)
         ]
 
+    def astray(self) -> list[str]:
+        """Sources of which some copy differs from what was staged: sums of the engine's memory alone would not tell."""
+        pairs = zip(self._of, self.copies.pairs, strict=True)
+        wrong = [name for name, (into, taken) in pairs if not torch.equal(_bits(into), _bits(taken).to(into.device))]
+        return list(dict.fromkeys(wrong))
+
     def settle(self) -> None:
         """Scatters unless whoever wrote has done so; the next write starts anew."""
         if not self.scattered:
             self.scatter()
         self.scattered = False
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """A tensor's bytes: two NaNs are equal, and 0 is not -0."""
+    return tensor.detach().flatten().view(torch.uint8)

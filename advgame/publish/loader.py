@@ -45,21 +45,28 @@ class LoaderChannel(NoTurns):
             return  # the file is this side's; a new engine opens it at each delivery
         dtype = getattr(torch, self.dtype)
         end = 0
+        entries: list[list[Any]] = []
         for source in self.sources:
             elements = torch.Size(source.shape).numel()
-            self._entries.append([source.name, self.dtype, list(source.shape), end])
+            entries.append([source.name, self.dtype, list(source.shape), end])
             end += -(-elements * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         check_free(end, "loader")
-        self._file, self._size = os.memfd_create("advgame-loader", os.MFD_CLOEXEC), max(end, 1)
-        whole = file_tensor(self._path, self._size)
+        file, size = os.memfd_create("advgame-loader", os.MFD_CLOEXEC), max(end, 1)
+        try:
+            whole = file_tensor(path_of(file), size)
+        except BaseException:
+            os.close(file)
+            raise
+        self._file, self._size, self._entries = file, size, entries
         self._tensors = {
             name: flat_view(whole, offset, torch.Size(shape).numel(), dtype).view(shape)
-            for name, _, shape, offset in self._entries
+            for name, _, shape, offset in entries
         }
 
     async def deliver(self, llm: Any, *, verify: bool) -> None:
         sums = checksums(self._tensors) if verify else None
-        await llm.collective_rpc("advgame_load", args=(self._path, self._size, self._entries, sums))
+        assert self._file is not None, "attach comes first"
+        await llm.collective_rpc("advgame_load", args=(path_of(self._file), self._size, self._entries, sums))
 
     def close(self) -> None:
         self._tensors = {}
@@ -68,9 +75,10 @@ class LoaderChannel(NoTurns):
             os.close(self._file)
             self._file = None
 
-    @property
-    def _path(self) -> str:
-        return f"/proc/{os.getpid()}/fd/{self._file}"
+
+def path_of(file: int) -> str:
+    """Where a child of this process opens a file that this one has open."""
+    return f"/proc/{os.getpid()}/fd/{file}"
 
 
 def file_tensor(path: str, size: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 Each rank of an engine calls the trainer right after its model is loaded, through a socket without a name in any file
 system: it says where its model's loader would copy the published tensors, and learns which memory its parameters shall
-live in. A line of JSON each way. Nobody else can connect: the address and the token are in the engine's environment.
+live in. A line of JSON each way. Both sides look whose process the other is; address and token are in the engine's
+environment, and whoever has no token is turned away.
 """
 
 from __future__ import annotations
@@ -85,14 +86,14 @@ class Meeting:
                         connection, _ = self._socket.accept()
                     except TimeoutError:
                         continue
+                    line = _Line(connection)
+                    if not _is_ours(connection) or not self._greeted(connection, line):
+                        connection.close()
+                        continue
+                    stack.enter_context(connection)
                     self._connections.append(connection)
                     if self._over.is_set():  # `close` may have looked through the connections already
                         break
-                    line = _Line(stack.enter_context(connection))
-                    if not _is_ours(connection) or not self._greeted(connection, line):
-                        with suppress(OSError):
-                            connection.shutdown(socket.SHUT_RDWR)
-                        continue
                     connection.settimeout(self._seconds)
                     line.write(self._hello)
                     answer = line.read()
@@ -102,6 +103,7 @@ class Meeting:
             except Exception as error:
                 self._error = error
             finally:
+                self._socket.close()  # whoever comes now is turned away, rather than left waiting
                 self._done.set()
 
     def _greeted(self, connection: socket.socket, line: _Line) -> bool:
@@ -145,6 +147,8 @@ class Call:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(float(seconds))
         self._socket.connect(f"\0{name}")
+        if not _is_ours(self._socket):
+            raise ConnectionError("somebody else answers in the trainer's place")
         self._line = _Line(self._socket)
         self._line.write({"token": token})
         hello = self._line.read()

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
+from advgame.publish.cover import cover
+
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ALIGNMENT = 256
 """Bytes that every storage in an arena starts on a multiple of."""
@@ -171,18 +173,23 @@ def is_whole(copy: Copy, shape: Sequence[int]) -> bool:
 
 
 def source_problems(plans: Sequence[Plan]) -> list[str]:
-    """Sources that the ranks of one engine, taken together, have no place for, or that one rank places twice."""
+    """Sources that the ranks of one engine, taken together, have no place for, in whole or in part, or that one rank
+    places twice."""
     found = []
-    placed: set[str] = set()
+    everywhere: dict[str, list[Region]] = defaultdict(list)
     for plan in plans:
-        taken: dict[str, int] = defaultdict(int)
+        taken: dict[str, list[Region]] = defaultdict(list)
         for copy in plan.copies:
-            taken[copy.source] += copy.taken.size
-        placed |= taken.keys()
-        twice = [source.name for source in plan.sources if taken[source.name] > prod(source.shape)]
+            taken[copy.source].append(copy.taken)
+        twice = [source.name for source in plan.sources if cover(taken[source.name], prod(source.shape))[1]]
         found += [f"{name} is copied to more than one place (duplicated untied head?)" for name in twice]
-    nowhere = [source.name for source in plans[0].sources if source.name not in placed]
-    found += [f"{name} goes nowhere: the engine's model has no place for it" for name in nowhere]
+        for name, regions in taken.items():
+            everywhere[name] += regions
+    for source in plans[0].sources:
+        if not everywhere[source.name]:
+            found.append(f"{source.name} goes nowhere: the engine's model has no place for it")
+        elif left := cover(everywhere[source.name], prod(source.shape))[0]:
+            found.append(f"{left} elements of {source.name} go nowhere: no rank takes them")
     return list(dict.fromkeys(found))
 
 
@@ -195,11 +202,11 @@ def problems(plan: Plan) -> list[str]:
         if any(region.end > storage.elements for region in regions):
             found.append(f"a copy into {storage.name} ends beyond its {storage.elements} elements")
             continue
-        covered = sum(region.size for region in regions)
-        if covered < storage.elements:
-            found.append(f"{storage.elements - covered} elements of {storage.name} come from no source")
-        elif covered > storage.elements:
-            found.append(f"{covered - storage.elements} elements of {storage.name} are written more than once")
+        bare, again = cover(regions, storage.elements)
+        if bare:
+            found.append(f"{bare} elements of {storage.name} come from no source")
+        if again:
+            found.append(f"{again} elements of {storage.name} are written more than once")
     return found
 
 

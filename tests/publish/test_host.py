@@ -13,7 +13,7 @@ from advgame.errors import InputError
 from advgame.publish import host
 from advgame.publish.channels import AutoChannel, IpcChannel, ShmChannel
 from advgame.publish.copies import Copies
-from advgame.publish.loader import LoaderChannel, file_tensor
+from advgame.publish.loader import LoaderChannel, file_tensor, path_of
 from advgame.publish.plan import sources_of
 
 NEEDS = pytest.mark.skipif(host.missing() is not None, reason="no extension")
@@ -164,7 +164,7 @@ def test_without_the_extension_auto_goes_through_the_loader_and_says_so(monkeypa
     assert channel.prepare() == {}
     asyncio.run(channel.attach(None))
     channel.destinations["w"].fill_(2)
-    path, size = channel.used._path, channel.used._size
+    path, size = path_of(channel.used._file), channel.used._size
     seen = file_tensor(path, size).view(torch.bfloat16)
     assert seen[:15].eq(2).all()
     seen[0] = 3

@@ -131,11 +131,46 @@ def suppressed(call, *arguments):
         call(*arguments)
 
 
-def test_another_user_is_turned_away(monkeypatch):
-    """By the kernel's word for who connects, whatever the token."""
+@pytest.mark.parametrize("who", ["trainer", "engine"])
+def test_another_user_is_turned_away(monkeypatch, who):
+    """By the kernel's word for who is at the other end, whatever the token."""
     meeting = Meeting("fused", SOURCES, SharedMemory().grant, seconds=20)
-    monkeypatch.setattr("advgame.publish.meeting.struct.unpack", lambda *_: (1, os.getuid() + 1, 1))
-    with pytest.raises((ConnectionError, BrokenPipeError)):
+    looks = threading.main_thread() if who == "engine" else meeting._thread
+    user = lambda *_: (1, os.getuid() + (threading.current_thread() is looks), 1)  # noqa: E731
+    monkeypatch.setattr("advgame.publish.meeting.struct.unpack", user)
+    says = "somebody else answers" if who == "engine" else "gone|reset|[Bb]roken"
+    with pytest.raises(OSError, match=says):
+        Call(meeting.environment[VARIABLE])
+    meeting.close()
+
+
+def test_who_is_turned_away_holds_no_file(monkeypatch):
+    monkeypatch.setattr("advgame.publish.meeting.GREETING_S", 0.05)
+    memory, model = SharedMemory(), Fused()
+    meeting = Meeting("fused", SOURCES, memory.grant, seconds=20)
+    name = meeting.environment[VARIABLE].split()[0]
+    strangers = [socket.socket(socket.AF_UNIX) for _ in range(40)]
+    for one in strangers:
+        one.connect(f"\0{name}")
+        one.sendall(b"no json\n")
+    [one.recv(1) for one in strangers]  # until the other side hangs up
+    assert not meeting._connections
+    thread = rank_of(meeting, 0, 1, model=model)
+    assert len(meeting.outcome(10)) == 1
+    thread.join()
+    meeting.close()
+    [one.close() for one in strangers]
+
+
+def test_a_rank_that_comes_after_an_error_is_not_kept_waiting():
+    def fails(plans, devices):
+        raise InputError("no memory")
+
+    meeting = Meeting("fused", SOURCES, fails, seconds=1000)
+    rank_of(meeting, 0, 1).join()
+    with pytest.raises(InputError, match="no memory"):
+        meeting.outcome(20)
+    with pytest.raises(OSError, match="refused"):
         Call(meeting.environment[VARIABLE])
     meeting.close()
 

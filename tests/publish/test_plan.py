@@ -1,6 +1,7 @@
 """Copy plans: recorded from a loader that fuses, slices, pads and ties; hashed, diffed, refused with reasons."""
 
 import json
+from math import prod
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from torch import nn
 
 from advgame.publish import host
 from advgame.publish.arena import Arena, mapped
+from advgame.publish.cover import cover
 from advgame.publish.destinations import Destinations
-from advgame.publish.plan import Plan, Source
+from advgame.publish.plan import Plan, Region, Source, source_problems
 from advgame.publish.record import PlanRefused, reasons_against, record
 
 ROWS, WIDE, VOCAB = 4, 6, 5
@@ -103,6 +105,11 @@ def test_what_is_written_is_what_the_loader_would_have_loaded(world):
     for name, tensor in tensors.items():
         made.tensors[name].copy_(tensor)
     made.scatter()
+    assert made.astray() == []
+    if world == 2:
+        made.copies.pairs[0][0].view(-1)[0] += 1
+        assert made.astray() == [made.staged[0]]
+        made.scatter()
     for rank, plan in enumerate(plans):
         loaded = Fused(rank, world)
         loaded.load_weights(tensors.items())
@@ -125,6 +132,47 @@ def test_what_is_written_is_what_the_loader_would_have_loaded(world):
 def test_what_cannot_be_copied_exactly_is_refused(spoil, says):
     with pytest.raises(PlanRefused, match=says):
         plan_of(spoil=spoil)
+
+
+def test_a_source_that_no_rank_takes_whole_is_refused():
+    """Two ranks that take the same half: each one's storages are full."""
+    plans = [plan_of(0, 2), plan_of(0, 2)]
+    assert source_problems([plan_of(0, 2), plan_of(1, 2)]) == []
+    assert source_problems(plans) == [f"{n} elements of {s} go nowhere: no rank takes them" for s, n in
+                                      (("q", 12), ("k", 12), ("v", 12), ("down", 12))]  # fmt: skip
+
+
+def test_gaps_do_not_cancel_what_is_written_twice():
+    def rows(offset, *shape, stride=None):
+        return Region(offset, shape, stride or tuple(prod(shape[i + 1 :]) for i in range(len(shape))))
+
+    assert cover([], 5) == (5, 0)
+    assert cover([rows(0, 2, 6), rows(12, 2, 6)], 24) == (0, 0)
+    assert cover([rows(0, 2, 6), rows(6, 2, 6)], 24) == (6, 6)
+    assert cover([rows(0, 4, 3, stride=(6, 1)), rows(3, 4, 3, stride=(6, 1))], 24) == (0, 0)
+    assert cover([rows(0, 4, 3, stride=(6, 1)), rows(2, 4, 3, stride=(6, 1))], 24) == (4, 4)
+    assert cover([rows(0, 6, 4, stride=(1, 6))], 24) == (0, 0)  # transposed
+    assert cover([rows(0), rows(0)], 1) == (0, 1)
+    assert cover([rows(0, 9), rows(2, 3), rows(4, 3)], 10) == (1, 6)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_pages_of_files_count_as_free(tmp_path, monkeypatch, version):
+    """A container that has read a large checkpoint has not used up its memory."""
+    from advgame.publish import arena
+
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    prefix = "" if version == 2 else "total_"
+    folder = tmp_path if version == 2 else tmp_path / "memory"
+    folder.mkdir(exist_ok=True)
+    monkeypatch.setattr(arena, "CONTROL", tmp_path)
+    whole = arena.free_bytes()
+    for name, size in zip(names, (1000, 990), strict=True):
+        (folder / name).write_text(f"{size}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{prefix}active_file 300\n{prefix}inactive_file 500\n")
+    assert arena.free_bytes() == 810
+    (folder / names[0]).write_text("max\n" if version == 2 else f"{2**62}\n")
+    assert 0 < arena.free_bytes() <= 2 * whole
 
 
 def test_missing_and_unknown_sources_are_refused():

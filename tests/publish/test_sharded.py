@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -110,7 +111,7 @@ def test_shards_that_are_not_the_whole_and_another_plan_are_refused():
         opened(Ranks(NOTHING))
     channel = opened(Ranks())
     with pytest.raises(RuntimeError, match="the restarted engine lays its weights out differently"):
-        asyncio.run(channel.attach(Workers(plan_of(0, 2))))
+        asyncio.run(channel.attach(Workers(replace(plan_of(), model="another"))))
 
 
 def test_what_a_rank_could_not_send_is_named_and_the_workers_are_not_waited_for():
