@@ -67,6 +67,7 @@ def test_templates_and_worlds_texts_are_packaged(installed):
         assert (installed / "advgame" / folder / "templates" / name).is_file()
 
 
+@pytest.mark.slow
 def test_the_reports_assets_are_packaged(installed):
     assets = ROOT / "advgame/report/assets"
     for path in assets.iterdir():

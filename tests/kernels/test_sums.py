@@ -35,10 +35,11 @@ def test_the_reference_is_the_formula():
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
 def test_every_implementation_gives_the_same(impl, dtype):
-    tensors = [filled(size, dtype, i) for i, size in enumerate(SIZES)]
+    interpreted = impl == "triton" and DEVICE == "cpu"
+    tensors = [filled(size, dtype, i) for i, size in enumerate(SIZES[:-1] if interpreted else SIZES)]
     assert torch.equal(ak.byte_sums(tensors, impl=impl), ak.byte_sums_ref(tensors))
     # the largest sums there are
-    most = [torch.full((300_000,), 255, dtype=torch.uint8, device=DEVICE)]
+    most = [torch.full((70_000 if interpreted else 300_000,), 255, dtype=torch.uint8, device=DEVICE)]
     assert torch.equal(ak.byte_sums(most, impl=impl), ak.byte_sums_ref(most))
 
 

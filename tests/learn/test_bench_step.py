@@ -35,6 +35,7 @@ def test_all_ways_find_the_same_gradients_and_step(folder, name):
     assert len(result["seconds"]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["published", "fused loss", "ours"])
 def test_what_does_not_fit_is_halved(folder, monkeypatch, name):
     gradients, tried = Contender.gradients, []
@@ -89,7 +90,8 @@ def test_layers_leave_room():
     assert [layers_that_fit("7b", n * 2**30) for n in (1, 80, 139, 10_000)] == [1, 2, 8, 28]
 
 
-@pytest.mark.parametrize("how", ["inside", pytest.param("processes", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["inside", "processes"])
 def test_the_command(tmp_path, capsys, how):
     """Inside one process is how a GPU is measured, in processes a CPU."""
     target = tmp_path / "step.json"

@@ -30,6 +30,7 @@ def words(tmp_path):
     return ["train", str(config), "--quiet"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["trees", "metrics"])
 def test_a_full_disk(words, tmp_path, monkeypatch, capsys, what):
     """The system refuses what is written in step 3, of which no checkpoint knows."""

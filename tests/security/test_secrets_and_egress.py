@@ -121,6 +121,7 @@ def advgame(words, environment):
     )
 
 
+@pytest.mark.slow
 def test_keys_of_the_environment_are_in_no_file_and_no_line(words, watched, tmp_path):
     environment, _ = watched
     with serving() as url:
@@ -168,6 +169,7 @@ def test_a_key_that_a_server_repeats_is_masked(monkeypatch):
         assert KEYS["JUDGE_KEY"] not in text
 
 
+@pytest.mark.slow
 def test_a_run_sends_nothing_anywhere(words, watched, tmp_path):
     environment, log = watched
     made = advgame([*words, "--quiet"], environment)

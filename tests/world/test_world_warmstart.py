@@ -36,6 +36,7 @@ def made(tmp_path_factory):
     return world, world.attacker_path, world.defender_path, cache, seen
 
 
+@pytest.mark.slow
 def test_folders_load(made):
     _, attacker, defender, cache, _ = made
     for folder in (attacker, defender):
@@ -55,6 +56,7 @@ def test_folders_load(made):
     assert not list(cache.glob(".making-*"))
 
 
+@pytest.mark.slow
 def test_progress_reaches_the_caller(made):
     for role in ("attacker", "defender"):
         reports = [report for report in made[-1] if report[0] == role]
@@ -62,6 +64,7 @@ def test_progress_reaches_the_caller(made):
         assert all(report[3] > 0 for report in reports)
 
 
+@pytest.mark.slow
 def test_a_second_world_finds_the_players(made, monkeypatch):
     monkeypatch.setattr(warmstart, "_start", None)
     world = open_world(FEW.model_copy(), made[3])
@@ -81,6 +84,7 @@ def test_the_defender_does_not_depend_on_the_attackers_settings(tmp_path):
     assert folder(FEW, PlayerRole.DEFENDER) != folder(other, PlayerRole.DEFENDER)
 
 
+@pytest.mark.slow
 def test_a_child_repeats_what_this_process_trains(made):
     torch.set_num_threads(1)
     here, _ = train_player(FEW, PlayerRole.DEFENDER, lambda step, loss: None)
@@ -176,6 +180,7 @@ def test_start_values(tmp_path, shared):
     assert sum(faithful) / len(seeds) >= 0.8
 
 
+@pytest.mark.slow
 def test_two_processes_that_need_players_make_them_once(tmp_path):
     """Both wait on one lock; the second finds what the first has made."""
     code = (
@@ -194,6 +199,7 @@ def test_two_processes_that_need_players_make_them_once(tmp_path):
     assert counts == [0, 2]
 
 
+@pytest.mark.slow
 def test_lines_of_other_libraries_are_no_progress(tmp_path):
     """Some print to standard output when they are imported; a site hook stands for one."""
     (tmp_path / "sitecustomize.py").write_text("print('[INFO] some accelerator was found, 1 2 3')\n")
