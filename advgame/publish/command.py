@@ -15,6 +15,7 @@ from advgame.publish.plan import Plan, Source, sources_of
 from advgame.publish.record import PlanRefused
 from advgame.rollout import vllm_start
 from advgame.rollout.settings import VllmSettings
+from advgame.rollout.vllm_limit import Limit
 
 
 def run_publish(arguments: argparse.Namespace) -> int:
@@ -69,7 +70,8 @@ def read_plans(path: Path) -> list[Plan]:
 
 async def _record(folder: Path, settings: VllmSettings, dtype: str, sources: tuple[Source, ...]) -> list[Plan]:
     arguments = vllm_start.engine_arguments(folder, settings, dtype=dtype, direct=True, dummy=True)
-    llm = vllm_start.start(arguments, settings, None)
+    with Limit(settings.start_timeout_s).turn():
+        llm = vllm_start.start(arguments, settings, None)
     try:
         return await record_plans(llm, folder.resolve().name, sources)
     finally:

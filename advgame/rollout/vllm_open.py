@@ -11,6 +11,7 @@ from advgame.publish.channels import guard
 from advgame.publish.record import PlanRefused
 from advgame.rollout.channel import Channel, Write, WriteFailed, written_into
 from advgame.rollout.engine import EngineDied
+from advgame.rollout.vllm_limit import Overdue, overdue
 from advgame.rollout.vllm_process import Launch, Order, Process
 
 
@@ -22,10 +23,12 @@ async def opened(
     Raises EngineDied when vLLM does not start, InputError for settings that do not go with the model, WriteFailed.
     """
     process: Process | None = None
+    seconds = order.settings.start_timeout_s
+    limit = asyncio.timeout(seconds)
     try:
         if channel is not None:
             order = replace(order, direct=channel.direct, environment=dict(channel.prepare()))
-        async with asyncio.timeout(order.settings.start_timeout_s):
+        async with limit:  # a launch that holds up this loop keeps it itself
             process = await launch(order)
             await guard(process)
             if channel is not None:
@@ -46,5 +49,7 @@ async def opened(
                 f"rollout.vllm.transport: {order.settings.transport} cannot write {order.folder} where {name} "
                 f"reads it: {'; '.join(error.reasons[:3])}; set loader"
             ) from error
+        if limit.expired() or isinstance(error, Overdue):
+            raise EngineDied(f"{name}: {overdue(seconds)}") from error
         raise EngineDied(f"{name}: vLLM does not start: {type(error).__name__}: {error}") from error
     return process

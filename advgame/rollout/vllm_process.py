@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 from advgame.rollout import vllm_requests, vllm_start
 from advgame.rollout.engine import EngineDied, EngineError, Request
 from advgame.rollout.settings import VllmSettings
+from advgame.rollout.vllm_limit import Limit, overdue
 from advgame.rollout.vllm_requests import Answer
 
 T = TypeVar("T")
@@ -125,12 +126,18 @@ class LocalProcess:
         vllm_start.end(self.llm)
 
 
-async def launch(order: Order) -> LocalProcess:
-    """On this event loop, which the start holds up for seconds to minutes."""
+async def launch(order: Order, limit: Limit | None = None) -> LocalProcess:
+    """On this event loop, which the start holds up for seconds to minutes. Raises Overdue after `start_timeout_s`."""
     arguments = vllm_start.engine_arguments(
         order.folder, order.settings, dtype=order.dtype, direct=order.direct, tokenizer=order.tokenizer
     )
-    return LocalProcess(vllm_start.start(arguments, order.settings, order.device, order.environment), order.stop_ids)
+    limit = limit or Limit(order.settings.start_timeout_s)
+    with limit.turn():
+        llm = vllm_start.start(arguments, order.settings, order.device, order.environment)
+    if limit.over:  # its process may have been killed just now
+        vllm_start.kill(llm)
+        raise overdue(order.settings.start_timeout_s)
+    return LocalProcess(llm, order.stop_ids)
 
 
 class ThreadedProcess:
@@ -142,6 +149,7 @@ class ThreadedProcess:
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._process: LocalProcess | None = None
+        self._limit: Limit | None = None
         self._over = False
         self._thread = threading.Thread(target=self._run, daemon=True, name="advgame-engine")
         self._thread.start()
@@ -154,10 +162,16 @@ class ThreadedProcess:
 
     async def open(self, order: Order) -> None:
         """Starts the engine. Whoever is cancelled meanwhile leaves none behind."""
-        await self._there(self._open(order))
+        self._limit = Limit(order.settings.start_timeout_s)
+        await self._there(self._open(order, self._limit))
 
-    async def _open(self, order: Order) -> None:
-        process = await launch(order)
+    async def _open(self, order: Order, limit: Limit) -> None:
+        try:
+            process = await launch(order, limit)
+        except Exception:
+            if self._over:  # nobody waits for it any more
+                raise asyncio.CancelledError from None
+            raise
         if self._over:
             process.kill()
         self._process, self.vocabulary, self.positions = process, process.vocabulary, process.positions
@@ -204,13 +218,17 @@ class ThreadedProcess:
         self._over = True
         if self._process is not None and how is LocalProcess.kill:
             vllm_start.kill_processes(self._process.llm)  # now; the rest when the thread has time
+        if self._limit is not None:
+            self._limit.call_off()  # a start under way
 
         def finish() -> None:
-            if self._process is not None:
-                how(self._process)
-            for task in asyncio.all_tasks(self._loop):
-                task.cancel()
-            self._loop.call_later(0.1, self._loop.stop)  # what was cancelled gets its turn first
+            try:
+                if self._process is not None:
+                    how(self._process)
+            finally:  # whatever vLLM says, the thread ends
+                for task in asyncio.all_tasks(self._loop):
+                    task.cancel()
+                self._loop.call_later(0.1, self._loop.stop)  # what was cancelled gets its turn first
 
         self._loop.call_soon_threadsafe(finish)
 
@@ -239,7 +257,7 @@ async def launch_threaded(order: Order) -> ThreadedProcess:
         await made.open(order)
     except BaseException:
         made.kill()
-        # a start under way cannot be stopped: it ends first, and is killed then
-        await asyncio.to_thread(made.join, order.settings.start_timeout_s)
+        # a start under way was called off, and ends in seconds: nothing of it is left behind
+        await asyncio.to_thread(made.join, END_S)
         raise
     return made

@@ -9,7 +9,6 @@ import importlib.metadata
 import inspect
 import os
 import re
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,8 +35,6 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 WORKERS_SHARE = 256 << 20
 """Bytes of /dev/shm that the message queues of a tensor-parallel engine may fill."""
-
-_starting = threading.Lock()
 
 
 def vllm_version(field: str) -> str:
@@ -169,7 +166,7 @@ def environment(settings: VllmSettings, device: str | None, more: Mapping[str, s
         if settings.eager is not False:
             wanted["TORCHDYNAMO_DISABLE"] = "1"
     wanted |= more or {}
-    with _starting, variables(wanted):
+    with variables(wanted):
         yield
 
 
@@ -259,11 +256,13 @@ def end(llm: Any) -> None:
     """Lets an idle engine end in its own time (a few seconds at most), then makes sure."""
     processes = _processes(llm)
     limit = {"timeout": 5.0} if "timeout" in inspect.signature(llm.shutdown).parameters else {}
-    llm.shutdown(**limit)
-    llm.shutdown = lambda timeout=None: None  # its destructor would shut down again when Python is half gone
-    for process in processes:
-        if process.is_alive():
-            process.kill()
+    try:
+        llm.shutdown(**limit)
+    finally:
+        llm.shutdown = lambda timeout=None: None  # its destructor would shut down again when Python is half gone
+        for process in processes:
+            if process.is_alive():
+                process.kill()
 
 
 def _processes(llm: Any) -> list[Any]:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import engines
 import pytest
 
-from advgame.rollout import vllm_process, vllm_start
+from advgame.rollout import vllm_limit, vllm_process, vllm_start
 from advgame.rollout.engine import EngineDied
 from advgame.rollout.vllm_open import opened
 from advgame.rollout.vllm_process import Order, ThreadedProcess, launch, launch_threaded
@@ -149,8 +149,8 @@ def test_an_error_of_its_own_is_told_as_it_is(tmp_path, monkeypatch):
     for how in (launch, launch_threaded):
         with pytest.raises(EngineDied, match=r"^defender: vLLM does not start: ValueError: no such dtype$"):
             asyncio.run(opening(order(tmp_path, LONG_S), how))
-    assert vllm_process._starting.acquire(blocking=False)
-    vllm_process._starting.release()
+    assert vllm_limit._starting.acquire(blocking=False)
+    vllm_limit._starting.release()
 
 
 @pytest.mark.parametrize("how", ["end", "kill"])
