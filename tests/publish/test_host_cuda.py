@@ -146,6 +146,7 @@ print(json.dumps(checksums(model, plan)), flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_an_engine_in_another_process_reads_what_is_written(library, runtime, monkeypatch, world):
     """The whole way of the ipc transport but the GPU: grant, hexadecimal handle, opening, moving in, write, sums."""

@@ -224,6 +224,7 @@ def test_the_judge_is_an_artifact_of_its_own(tmp_path):
         assert folder(role) == folder(role, judge_steps=4)
 
 
+@pytest.mark.slow
 def test_a_world_makes_its_judge_only_when_asked(tmp_path):
     seen = []
     world = open_world(FEW, tmp_path, lambda *report: seen.append(report[:3]))
