@@ -168,7 +168,7 @@ def test_a_thread_ends_also_when_vllm_fails_to_shut_down(how):
     began = time.perf_counter()
     getattr(made, how)()
     made.join(5.0)
-    assert time.perf_counter() - began < 5
+    assert time.perf_counter() - began < 20
     assert not made._thread.is_alive()
     core.join(5.0)
     assert not core.is_alive()
@@ -184,7 +184,7 @@ def test_a_real_start_that_takes_too_long(runner, tmp_path, how):
     engine = engines.vllm_engine(folder, vllm=engines.settings(start_timeout_s=SHORT_S), launch=how)
     with pytest.raises(EngineDied, match=SAYS):
         runner.run(engine.start())
-    assert time.perf_counter() - began < 30
+    assert time.perf_counter() - began < 120  # vLLM is imported first; without the limit it would be never
     soon(lambda: {child.pid for child in multiprocessing.active_children()} <= children, 10.0)
     assert vllm_start.PARENT not in os.environ
     engine = engines.vllm_engine(folder, launch=how)
