@@ -35,7 +35,7 @@ class Arena:
 
     @property
     def path(self) -> str:
-        return f"/proc/{os.getpid()}/fd/{self._memory.descriptor}"
+        return path_of(self._memory.descriptor)
 
     def close(self) -> None:
         """No one can map it any more; the memory goes when the last view of either side does."""
@@ -69,6 +69,11 @@ class SharedMemory:
         if self._arena is not None:
             self._arena.close()
             self._arena = None
+
+
+def path_of(descriptor: int) -> str:
+    """Where a child of this process (same user) opens a file that this one has open."""
+    return f"/proc/{os.getpid()}/fd/{descriptor}"
 
 
 def mapped(path: str, size: int) -> Tensor:

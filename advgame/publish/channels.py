@@ -112,9 +112,9 @@ class ArenaChannel(NoTurns):
                 torch.cuda.synchronize(part.device)
             if self._device is not None:
                 torch.cuda.synchronize(self._device)
-        if verify and (wrong := self.destinations.astray()):
-            raise RuntimeError(f"what was staged is not where the engine reads it: {', '.join(wrong[:3])}")
         if verify:
+            if wrong := self.destinations.astray():
+                raise RuntimeError(f"what was staged is not where the engine reads it: {', '.join(wrong[:3])}")
             await llm.collective_rpc("advgame_verify", args=([plan.hash for plan in self.plans], self.checksums()))
 
     def checksums(self) -> list[dict[str, int]]:

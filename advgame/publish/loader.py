@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advgame.publish.arena import check_free, checksums, flat_view
+from advgame.publish.arena import check_free, checksums, flat_view, path_of
 from advgame.publish.plan import ALIGNMENT, Source
 from advgame.rollout.channel import NoTurns
 
@@ -74,11 +74,6 @@ class LoaderChannel(NoTurns):
         if self._file is not None:
             os.close(self._file)
             self._file = None
-
-
-def path_of(file: int) -> str:
-    """Where a child of this process opens a file that this one has open."""
-    return f"/proc/{os.getpid()}/fd/{file}"
 
 
 def file_tensor(path: str, size: int) -> Tensor:

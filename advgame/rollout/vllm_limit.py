@@ -16,7 +16,7 @@ from advgame.daemons import start_daemon
 from advgame.rollout.engine import EngineDied
 
 CORE = "EngineCore"
-"""How vLLM's names of an engine's own process begin, in every version above."""
+"""How vLLM's names of an engine's own process begin, in every version that `vllm_start` takes."""
 
 LOOK_S = 0.1
 """Seconds between looks at whether a start has taken too long."""

@@ -66,19 +66,8 @@ def test_files_that_a_page_names_are_there(page):
 
 def blocks(text: str) -> list[str]:
     """What stands in code blocks without a language; those with one (YAML, scripts) are other tests'."""
-    found: list[str] = []
-    inside: list[str] | None = None
-    language = ""
-    for line in text.splitlines():
-        if line.lstrip().startswith("```"):
-            if inside is None:
-                inside, language = [], line.strip().removeprefix("```")
-            else:
-                found += [] if language else ["\n".join(inside)]
-                inside = None
-        elif inside is not None:
-            inside.append(line)
-    return found
+    found = re.findall(r"^ *```(.*?)\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+    return [body for language, body in found if not language]
 
 
 def commands() -> list[tuple[str, str]]:

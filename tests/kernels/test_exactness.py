@@ -21,8 +21,7 @@ from torch import Tensor
 pytestmark = pytest.mark.slow  # a whole grid, half of it in the interpreter
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason="no extension"))
-NO_TRITON = pytest.mark.skipif(passes.triton_reason() is not None, reason="no Triton")
-TRITON = pytest.param("triton", marks=NO_TRITON)
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(passes.triton_reason() is not None, reason="no Triton"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Lengths of the sequences, vocabulary, width: ragged pairs, a vocabulary that no block divides; sequences of one row.
 SHAPES = [([5, 3, 2, 4, 6, 1, 3, 4, 2, 5, 4, 3, 1, 2, 5, 3], 251, 24), ([1] * 16, 37, 8)]

@@ -11,9 +11,10 @@ import torch
 
 from advgame.errors import InputError
 from advgame.publish import host
+from advgame.publish.arena import path_of
 from advgame.publish.channels import AutoChannel, IpcChannel, ShmChannel
 from advgame.publish.copies import Copies
-from advgame.publish.loader import LoaderChannel, file_tensor, path_of
+from advgame.publish.loader import LoaderChannel, file_tensor
 from advgame.publish.plan import sources_of
 
 NEEDS = pytest.mark.skipif(host.missing() is not None, reason="no extension")
