@@ -11,7 +11,7 @@ def add_lab_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--quick", action="store_true", help="easy world, 1 seed, 80 steps (the default; about 10 minutes)"
     )
-    size.add_argument("--full", action="store_true", help="both worlds, 3 seeds, 300 steps (hours; may be interrupted)")
+    size.add_argument("--full", action="store_true", help="both worlds, 3 seeds, 200 steps (hours; may be interrupted)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/lab"), help="where runs, table and figures go (runs/lab)"
     )

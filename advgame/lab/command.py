@@ -59,7 +59,7 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     """Every run of a lab: all seeds of one variant beside each other, the worlds one after the other."""
     full = arguments.full
     seeds = (3 if full else 1) if arguments.seeds is None else arguments.seeds
-    steps = (300 if full else 80) if arguments.steps is None else arguments.steps
+    steps = (200 if full else 80) if arguments.steps is None else arguments.steps
     if seeds < 1 or steps < 1 or (arguments.jobs is not None and arguments.jobs < 1):
         raise InputError("--seeds, --steps and --jobs: give 1 or more")
     worlds = (arguments.worlds or ("easy,hard" if full else "easy")).split(",")
@@ -72,7 +72,7 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
             raise InputError(f"--only {missing[0]!r}: known: {', '.join(known)}")
         variants = [known[name] for name in arguments.only]
     folder = Path(advgame.__file__).parent.parent / "configs"
-    every = max(1, steps // 6) if full else 0
+    every = max(1, steps // 4) if full else 0
     return [
         Job(variant, world, seed, steps, every, folder / CONFIGS[world], arguments.out / "runs")
         for world in worlds
@@ -115,9 +115,12 @@ def _play(jobs: Sequence[Job], at_once: int, console: Console) -> list[Job]:
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("lab", total=total)
 
+        unread = list(jobs)  # of ended runs the rows need not be counted again
+
         def watch(running: Sequence[Job], failed: Sequence[Job]) -> None:
-            done = sum(job.steps_done for job in jobs)
-            ended = sum(job.done for job in jobs)
+            unread[:] = [job for job in unread if not job.done]
+            ended = len(jobs) - len(unread)
+            done = sum(job.steps for job in jobs) - sum(job.steps - job.steps_done for job in unread)
             now = ", ".join(f"{job.variant.name}/{job.seed}" for job in running)
             words = f"{ended} of {len(jobs)} runs" + (f", {len(failed)} failed" if failed else "") + f"  {now}"
             progress.update(bar, completed=done, description=words)

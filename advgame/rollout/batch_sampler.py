@@ -1,4 +1,8 @@
-"""One padded batch of completions from a Hugging Face model: every row from its own random stream."""
+"""One batch of completions from a Hugging Face model: every row from its own random stream.
+
+Requests with the same prompt share its prefill, and rows that have ended leave the batch: `generate` would compute
+every prompt again and carry every row to the end of the longest.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import PreTrainedModel
 
 from advgame.rollout.engine import Request, end_of_stop
 
@@ -29,6 +26,9 @@ Complete = Callable[[Sequence[Request], Callable[[], None] | None], list[Complet
 Decode = Callable[[Sequence[int]], str]
 """Token ids to text, special tokens left out."""
 
+ENDED_SHARE = 8
+"""Ended rows leave when they are at least one in this many: leaving copies what the others have cached."""
+
 
 class BatchSampler:
     """Samples batches with one model, which it sets to evaluation.
@@ -37,91 +37,119 @@ class BatchSampler:
     """
 
     def __init__(self, model: PreTrainedModel, stop_ids: Sequence[int], pad_id: int, decode: Decode | None = None):
-        self.decode = decode
-        self._texts: dict[int, str] = {}
         self.model = model.eval().requires_grad_(False)
-        # the folder's own generation_config (penalties, top-k) would shape the scores that log-probs are read from
-        self.model.generation_config = GenerationConfig(eos_token_id=list(stop_ids), pad_token_id=pad_id)
-        self._stop_ids = tuple(stop_ids)
+        self._stop_ids = frozenset(stop_ids)
         self._pad_id = pad_id
+        self._stop_texts = None if decode is None else StopTexts(decode)
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], on_first: Callable[[], None] | None = None) -> list[Completion]:
         """One completion a request, in their order; `on_first` is called once their first tokens are there."""
-        width = max(len(r.prompt_ids) for r in requests)
+        rows = [Row(request) for request in requests]
+        draw = Draw(requests, self.model.device)
+        logits, cache, mask = self._prefill([request.prompt_ids for request in requests])
+        live = rows
+        while True:
+            tokens, logprobs = draw(logits)
+            for row, token, logprob in zip(live, tokens.tolist(), logprobs.tolist(), strict=True):
+                if not row.ended:
+                    self._extend(row, token, logprob)
+            if on_first is not None:
+                on_first()
+                on_first = None
+            going = [i for i, row in enumerate(live) if not row.ended]
+            if not going:
+                return [row.completion for row in rows]
+            if (len(live) - len(going)) * ENDED_SHARE >= len(live):
+                kept = torch.tensor(going, device=mask.device)
+                live = [live[i] for i in going]
+                tokens, mask = tokens[kept], mask[kept]
+                cache.batch_select_indices(kept)
+                draw.keep(kept)
+            mask = torch.cat([mask, mask.new_ones(len(live), 1)], 1)
+            out: Any = self.model(
+                input_ids=tokens[:, None],
+                attention_mask=mask,
+                position_ids=mask.sum(1, keepdim=True) - 1,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits = out.logits[:, -1]
+
+    def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Any, Tensor]:
+        """The next token's logits (rows, vocab), the cache, and which of its places are real (rows, width)."""
         device = self.model.device
-        ids = torch.full((len(requests), width), self._pad_id)
-        mask = torch.zeros((len(requests), width), dtype=torch.long)
-        for row, request in enumerate(requests):
-            ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
-            mask[row, width - len(request.prompt_ids) :] = 1
-        longest = max(r.sampling.max_tokens for r in requests)
-        sampler = RowSampler(requests, longest, device, on_first)
-        stops = None
-        if self.decode is not None and any(r.stop for r in requests):
-            stops = TextStops(requests, self.decode, self._texts)
-        settings = GenerationConfig(
-            max_new_tokens=longest,
-            do_sample=False,
-            eos_token_id=list(self._stop_ids),
-            pad_token_id=self._pad_id,
+        different = {prompt: n for n, prompt in enumerate(dict.fromkeys(prompts))}
+        width = max(map(len, different))
+        ids = torch.tensor([[self._pad_id] * (width - len(p)) + list(p) for p in different], device=device)
+        lengths = torch.tensor([len(prompt) for prompt in different], device=device)
+        mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+        out: Any = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0),
             use_cache=True,
+            logits_to_keep=1,
         )
-        out: Any = self.model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([sampler]),
-            stopping_criteria=StoppingCriteriaList([] if stops is None else [stops]),
-        )
-        tokens = out[:, width:].cpu().tolist()
-        logprobs = torch.stack(sampler.logprobs, 1).cpu().tolist()
-        ends = [None] * len(requests) if stops is None else stops.ends
-        return [self._cut(r, t, lp, end) for r, t, lp, end in zip(requests, tokens, logprobs, ends, strict=True)]
+        cache = out.past_key_values
+        of_row = torch.tensor([different[prompt] for prompt in prompts], device=device)
+        cache.batch_select_indices(of_row)
+        return out.logits[of_row, -1], cache, mask[of_row]
 
-    def _cut(self, request: Request, tokens: list[int], logprobs: list[float], end: int | None) -> Completion:
-        """Ends a row at its first stop token, behind its stop text (`end` tokens) or at its own max_tokens."""
-        limit = request.sampling.max_tokens
-        for i, token in enumerate(tokens[:limit]):
-            if token in self._stop_ids or i + 1 == end:
-                return tuple(tokens[: i + 1]), tuple(logprobs[: i + 1]), "stop"
-        return tuple(tokens[:limit]), tuple(logprobs[:limit]), "length"
+    def _extend(self, row: Row, token: int, logprob: float) -> None:
+        """Adds a token; the row ends at a stop token, behind its stop text or at its own max_tokens."""
+        row.tokens.append(token)
+        row.logprobs.append(logprob)
+        at_text = self._stop_texts is not None and self._stop_texts.end(row.tokens, row.request.stop)
+        if token in self._stop_ids or at_text:
+            row.ended = "stop"
+        elif len(row.tokens) == row.request.sampling.max_tokens:
+            row.ended = "length"
 
 
-class RowSampler(LogitsProcessor):
-    """Samples every row by inverse transform from its own uniform numbers and keeps untempered log-probs.
+class Row:
+    """One completion under way. ended: its finish reason, empty until then."""
 
-    Passed to greedy `generate`, it leaves one finite score a row: the sampled token's.
-    """
+    def __init__(self, request: Request):
+        self.request = request
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.ended = ""
 
-    def __init__(
-        self,
-        requests: Sequence[Request],
-        steps: int,
-        device: torch.device,
-        on_first: Callable[[], None] | None = None,
-    ):
-        def uniforms(request: Request) -> np.ndarray:
-            drawn = np.random.Generator(np.random.Philox(request.seed)).random(request.sampling.max_tokens)
-            return np.resize(drawn, steps)
+    @property
+    def completion(self) -> Completion:
+        return tuple(self.tokens), tuple(self.logprobs), self.ended
 
-        self._uniforms = torch.from_numpy(np.stack([uniforms(r) for r in requests])).float().to(device)  # (rows, steps)
-        temperatures = torch.tensor([r.sampling.temperature for r in requests], device=device)
-        self._greedy = temperatures == 0
-        self._any_greedy = bool(self._greedy.any())
-        self._inverse_temperature = torch.where(self._greedy, 1.0, 1.0 / temperatures).unsqueeze(1)  # (rows, 1)
-        top_p = torch.tensor([r.sampling.top_p for r in requests], device=device).unsqueeze(1)
-        self._top_p = top_p if bool((top_p < 1).any()) else None
+
+class Draw:
+    """Samples every row by inverse transform from its own uniform numbers; log-probs are untempered."""
+
+    def __init__(self, requests: Sequence[Request], device: torch.device):
+        longest = max(request.sampling.max_tokens for request in requests)
+        uniforms = np.zeros((len(requests), longest), np.float32)
+        for row, request in enumerate(requests):
+            limit = request.sampling.max_tokens
+            uniforms[row, :limit] = np.random.Generator(np.random.Philox(request.seed)).random(limit)
+        self._uniforms = torch.from_numpy(uniforms).to(device)  # (rows, steps)
+        temperature = torch.tensor([[r.sampling.temperature] for r in requests], device=device)
+        self._greedy = temperature == 0
+        self._inverse_temperature = torch.where(self._greedy, 1.0, 1.0 / temperature)  # (rows, 1)
+        self._top_p = torch.tensor([[r.sampling.top_p] for r in requests], device=device)
+        self._any_greedy = any(r.sampling.temperature == 0 for r in requests)
+        self._any_top_p = any(r.sampling.top_p < 1 for r in requests)
         self._step = 0
-        self._on_first = on_first
-        self.logprobs: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (rows, prompt + step), (rows, vocab)
-        scores = scores.float()
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these rows (indices) only."""
+        self._uniforms, self._greedy = self._uniforms[rows], self._greedy[rows]
+        self._inverse_temperature, self._top_p = self._inverse_temperature[rows], self._top_p[rows]
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:  # (rows, vocab) -> (rows,) tokens, (rows,) log-probs
+        logits = logits.float()
         uniform = self._uniforms[:, self._step : self._step + 1]
         self._step += 1
-        probs = torch.softmax(scores * self._inverse_temperature, -1)
-        if self._top_p is not None:
+        probs = torch.softmax(logits * self._inverse_temperature, -1)
+        if self._any_top_p:
             probs = nucleus(probs, self._top_p)
         cumulative = probs.cumsum(-1)
         chosen = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
@@ -129,45 +157,33 @@ class RowSampler(LogitsProcessor):
         chosen = chosen.clamp_max(probs.shape[-1] - 1)
         chosen = torch.where(probs.gather(1, chosen) > 0, chosen, probs.argmax(-1, keepdim=True))
         if self._any_greedy:
-            chosen = torch.where(self._greedy.unsqueeze(1), scores.argmax(-1, keepdim=True), chosen)
-        self.logprobs.append((scores.gather(1, chosen) - scores.logsumexp(-1, keepdim=True)).squeeze(1))
-        if self._on_first is not None:
-            if scores.is_cuda:
-                torch.cuda.synchronize(scores.device)  # once a publish: the token is there, not only asked for
-            self._on_first()
-            self._on_first = None
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+            chosen = torch.where(self._greedy, logits.argmax(-1, keepdim=True), chosen)
+        logprobs = logits.gather(1, chosen) - logits.logsumexp(-1, keepdim=True)
+        return chosen[:, 0], logprobs[:, 0]
 
 
-class TextStops(StoppingCriteria):
-    """Ends each row at the token that completes one of its request's stop texts.
+class StopTexts:
+    """Finds the token that completes a stop text.
 
-    ends: for each row the number of tokens up to and with that one, None while there is none. `texts` keeps the text
-    of single tokens between calls: only a token that holds the last character of a stop text can complete it, and only
+    Keeps the text of single tokens: only one that holds the last character of a stop text can complete it, and only
     then the row's end is decoded.
     """
 
-    def __init__(self, requests: Sequence[Request], decode: Decode, texts: dict[int, str]):
-        self.ends: list[int | None] = [None] * len(requests)
-        self._stops = [request.stop for request in requests]
-        self._decode, self._texts = decode, texts
-        self._tokens: list[list[int]] = [[] for _ in requests]
+    def __init__(self, decode: Decode):
+        self._decode = decode
+        self._texts: dict[int, str] = {}
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:  # (rows, prompt + step) -> (rows,) bool
-        for row, token in enumerate(input_ids[:, -1].tolist()):
-            tokens, stop = self._tokens[row], self._stops[row]
-            tokens.append(token)
-            if self.ends[row] is None and stop and self._may_end(token, stop):
-                # a token of a stop text holds at least one of its characters
-                tail = tokens[-max(map(len, stop)) :]
-                if end_of_stop(self._decode(tail), stop) is not None:
-                    self.ends[row] = len(tokens)
-        return torch.tensor([end is not None for end in self.ends], device=input_ids.device)
-
-    def _may_end(self, token: int, stop: Sequence[str]) -> bool:
-        if token not in self._texts:
-            self._texts[token] = self._decode([token])
-        return any(word[-1] in self._texts[token] for word in stop)
+    def end(self, tokens: Sequence[int], stop: Sequence[str]) -> bool:
+        """Whether the last of `tokens` completes one of `stop`."""
+        if not stop:
+            return False
+        last = tokens[-1]
+        if last not in self._texts:
+            self._texts[last] = self._decode([last])
+        if not any(word[-1] in self._texts[last] for word in stop):
+            return False
+        # a token of a stop text holds at least one of its characters
+        return end_of_stop(self._decode(tokens[-max(map(len, stop)) :]), stop) is not None
 
 
 def nucleus(probs: Tensor, top_p: Tensor) -> Tensor:  # (rows, vocab), (rows, 1)

@@ -18,6 +18,8 @@ from transformers import (
 
 from advgame.errors import InputError
 
+PROMPTS_KEPT = 4096
+
 
 class ChatFormat:
     """Turns in the tokenizer's own chat template.
@@ -31,9 +33,15 @@ class ChatFormat:
         added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         spellings = {token for token in added | set(tokenizer.all_special_tokens) if len(token) > 1}
         self._special = tuple(sorted(spellings, key=lambda token: (-len(token), token)))
+        self._prompts: dict[str, tuple[int, ...]] = {}
 
     def prompt_ids(self, user: str) -> tuple[int, ...]:
-        return self.conversation_ids([("user", user)])
+        """Of one user turn; the last few thousand are kept, since a game asks the same prompt several times."""
+        if user not in self._prompts:
+            if len(self._prompts) >= PROMPTS_KEPT:
+                self._prompts.clear()
+            self._prompts[user] = self.conversation_ids([("user", user)])
+        return self._prompts[user]
 
     def conversation_ids(self, turns: Sequence[tuple[str, str]]) -> tuple[int, ...]:
         """Turns as (role, text), the roles being system, user and assistant, and the opening of the next answer.
