@@ -52,6 +52,11 @@ def model(
         sizes["head_dim"] = hidden // 4
     if family == "gpt_oss":
         sizes |= {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": hidden // 4}
+    if family == "qwen3_next":  # every other layer has linear attention
+        sizes |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
+                  "linear_value_head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32,
+                  "shared_expert_intermediate_size": 32, "head_dim": hidden // 4,
+                  "layer_types": ["linear_attention", "full_attention"]}  # fmt: skip
     if family in ("mistral", "gemma2", "gemma3_text"):
         sizes["sliding_window"] = 6  # shorter than the test's sequences
     config = AutoConfig.for_model(family, **sizes)

@@ -69,12 +69,13 @@ def collect(
     folder: RunFolder,
     write: Callable[[int, str], None],
     *,
+    name: str,
     most_trees: int,
     most_characters: int = PACKED_LIMIT,
     progress: Progress | None = None,
 ) -> RunData:
-    """Reads a run. `write(chunk, text)` takes the packed trees as they come, at most about `most_trees` of
-    them and `most_characters` of text.
+    """Reads a run, which the page calls `name`. `write(chunk, text)` takes the packed trees as they come, at most about
+    `most_trees` of them and `most_characters` of text.
 
     A tree file that cannot be read to its end is named in `warnings`; what came before the damage counts. Raises
     InputError when the settings or the metrics are damaged.
@@ -100,7 +101,7 @@ def collect(
     judges = stats.table()
     zero_sum = bool(settings.get("game", {}).get("self_play"))
     return RunData(
-        name=folder.name,
+        name=name,
         purpose=_purpose(folder, settings),
         facts=_facts(folder, settings, rows),
         config=config,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -36,7 +37,9 @@ def write_report(paths: list[Path], out: Path | None, *, most_trees: int = MOST_
     folders = [open_run(path) for path in paths]
     out = out or (paths[0] / "report.html" if len(paths) == 1 else Path("report.html"))
     _check_writable(out)
-    totals = {f"{number}: {folder.name}": _steps(folder.trees) for number, folder in enumerate(folders, 1)}
+    called = names_of([folder.path.resolve() for folder in folders])
+    steps = [_steps(folder.trees) for folder in folders]
+    totals = {f"{n}: {name}": count for n, (name, count) in enumerate(zip(called, steps, strict=True), 1)}
     runs: list[RunData] = []
     # Trees go through a file, so that charts can stand before them in the page, and memory stays flat.
     with (
@@ -52,12 +55,22 @@ def write_report(paths: list[Path], out: Path | None, *, most_trees: int = MOST_
                 stage.update(part, files)
 
             limits = {"most_trees": most_trees, "most_characters": PACKED_LIMIT // len(folders)}
-            runs.append(collect(folder, write, **limits, progress=progress))
+            runs.append(collect(folder, write, name=called[number], **limits, progress=progress))
         write_page(out, runs, chunks, " · ".join(run.name for run in runs))
     for run in runs:
         for warning in run.warnings:
             Console(stderr=True, quiet=quiet).print(f"{run.name}: {warning}", markup=False, soft_wrap=True)
     return out
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """The ends of `paths` that tell them apart: `seed0` of one run, `dpo-md/seed0` beside `sequential/seed0`."""
+    longest = max(len(path.parts) for path in paths)
+    for count in range(1, longest + 1):
+        ends = [str(Path(*path.parts[-count:])) for path in paths]
+        if len(set(ends)) == len(set(paths)):
+            return ends
+    return [str(path) for path in paths]
 
 
 def _check_writable(out: Path) -> None:

@@ -64,7 +64,7 @@ class BatchSampler:
                 kept = torch.tensor(going, device=mask.device)
                 live = [live[i] for i in going]
                 tokens, mask = tokens[kept], mask[kept]
-                cache.batch_select_indices(kept)
+                cache.reorder_cache(kept)
                 draw.keep(kept)
             mask = torch.cat([mask, mask.new_ones(len(live), 1)], 1)
             out: Any = self.model(
@@ -93,7 +93,7 @@ class BatchSampler:
         )
         cache = out.past_key_values
         of_row = torch.tensor([different[prompt] for prompt in prompts], device=device)
-        cache.batch_select_indices(of_row)
+        cache.reorder_cache(of_row)  # any selection of rows, in every kind of cache
         return out.logits[of_row, -1], cache, mask[of_row]
 
     def _extend(self, row: Row, token: int, logprob: float) -> None:
@@ -103,7 +103,7 @@ class BatchSampler:
         at_text = self._stop_texts is not None and self._stop_texts.end(row.tokens, row.request.stop)
         if token in self._stop_ids or at_text:
             row.ended = "stop"
-        elif len(row.tokens) == row.request.sampling.max_tokens:
+        elif len(row.tokens) >= row.request.sampling.max_tokens:
             row.ended = "length"
 
 

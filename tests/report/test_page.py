@@ -5,13 +5,14 @@ import gzip
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from command_line import fails
 from run_samples import EVIL, make_run
 
 from advgame import cli
-from advgame.report.command import write_report
+from advgame.report.command import names_of, write_report
 from advgame.report.page import SCRIPTS
 
 
@@ -144,6 +145,19 @@ def test_several_runs(run, tmp_path):
     assert ["steps", "4 of 12"] in page.data["runs"][1]["facts"]
     assert len(page.trees(1)) == 24
     assert "i" not in {tag for tag, _ in page.tags}
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (["/a/joint/seed0", "/a/turns/seed0"], ["joint/seed0", "turns/seed0"]),
+        (["/a/x/1/seed0", "/a/y/1/seed0", "/a/y/1/seed1"], ["x/1/seed0", "y/1/seed0", "y/1/seed1"]),
+        (["/a/x", "/a/x", "/b/y"], ["x", "x", "y"]),
+        (["/a", "/b/a"], ["/a", "b/a"]),
+    ],
+)
+def test_runs_are_called_by_what_tells_them_apart(paths, expected):
+    assert names_of([Path(path) for path in paths]) == expected
 
 
 def test_aggregates_only(run, tmp_path):

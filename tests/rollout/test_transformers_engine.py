@@ -92,11 +92,19 @@ def test_each_row_has_its_own_limit_and_reason():
         assert 2 not in sample.token_ids[:-1]
 
 
-def test_greedy_is_transformers_greedy():
-    model = models.model(seed=3)
-    (sample,) = play(engine(model), [request(PROMPTS[1], 0, temperature=0.0)])
-    out = model.generate(torch.tensor([PROMPTS[1]]), do_sample=False, max_new_tokens=12, eos_token_id=2, pad_token_id=0)
-    assert list(sample.token_ids) == out[0, len(PROMPTS[1]) :].tolist()
+@pytest.mark.parametrize("family", [*models.FAMILIES, "gpt_oss", "qwen3_next"])
+def test_greedy_is_transformers_greedy(family):
+    """Of prompts that come several times, in rows that leave the batch one after the other."""
+    model = models.model(family, seed=3)
+    asked = [(PROMPTS[i % 3], limit) for i, limit in enumerate((12, 1, 3, 20, 5, 2, 12, 7, 9, 30))]
+    requests = [request(prompt, i, temperature=0.0, max_tokens=limit) for i, (prompt, limit) in enumerate(asked)]
+    samples = play(engine(model), requests)
+    assert len({len(sample.token_ids) for sample in samples}) > 4
+    for (prompt, limit), sample in zip(asked, samples, strict=True):
+        out = model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=limit, eos_token_id=2, pad_token_id=0
+        )
+        assert list(sample.token_ids) == out[0, len(prompt) :].tolist()
 
 
 def test_first_tokens_follow_the_tempered_distribution():
