@@ -16,11 +16,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from advgame.lab.command import markdown  # noqa: E402
+from advgame.lab.results import judge_claims, rows_of_json  # noqa: E402
 from bench.gpu_table import gpu_table  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 PAGES = ("README.md", "kernels/README.md", "docs/step.md", "docs/vllm.md", "docs/game.md", "docs/cluster.md",
-         "docs/planning.md")  # fmt: skip
+         "docs/planning.md", "docs/lab.md")  # fmt: skip
 BLOCK = re.compile(r"(<!-- measured: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Result = dict[str, Any]
@@ -263,6 +265,12 @@ def play_lines(result: Result) -> list[list[str]]:
     return [[what, f"{middle['no barriers']:.1f}", f"stage by stage {middle['stage by stage']:.1f}"]]
 
 
+def lab(result: Result) -> list[str]:
+    """As `advgame lab` writes it."""
+    found = rows_of_json(result)
+    return markdown(found, judge_claims(found), result["commits"], result["steps"]).splitlines()
+
+
 def loop_lines(result: Result) -> list[list[str]]:
     made = result["result"]
     what = f"{result['steps']} steps of the tiny world, `run.ahead: 1`, s"
@@ -294,6 +302,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Result], list[str]]]] = {
     "fronts-cpu": ("fronts", "fronts-cpu-*.json", fronts),
     "simulate-cpu": ("simulate", "simulate-cpu-*.json", simulate),
     "simulate-ray-cpu": ("simulate --ray", "simulate-ray-cpu-*.json", simulate),
+    "lab-full": ("lab", "lab-full-*.json", lab),
     "soak-cpu": ("soak", "soak-transformers-cpu-*.json", soak),
 }
 """Name of a table: benchmark, its files, what is made of one."""
@@ -310,6 +319,8 @@ def block(name: str, page: Path) -> str:
     if found is None:
         return f"`python -m bench {bench} --out` fills this table; no run on an idle machine is on record yet.\n"
     path, result = found
+    if bench == "lab":
+        return "\n".join([*made(result), "", f"Source: `advgame lab --full`, `bench/results/{path.name}`.", ""])
     threads = f", {result['threads']} threads" if "threads" in result else ""
     device = f"{result['device']}{threads}, torch {result['torch']}"
     link = os.path.relpath(path, page.parent) if page.parent == ROOT else path.name

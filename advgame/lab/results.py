@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from advgame.lab.jobs import Job
 from advgame.lab.variants import CLAIMS, Claim
@@ -117,6 +118,11 @@ def rows_of(jobs: Sequence[Job]) -> list[Row]:
         values = {m: tuple(f[m] for f in found if m in f) for m in MEASURES}
         rows.append(Row(world, name, done[0].variant.title, values, len(done)))
     return rows
+
+
+def rows_of_json(tree: Mapping[str, Any]) -> list[Row]:
+    """The rows that `results.json` holds."""
+    return [Row(**row | {"values": {m: tuple(v) for m, v in row["values"].items()}}) for row in tree["rows"]]
 
 
 @dataclass(frozen=True)

@@ -65,12 +65,9 @@ def write_report(paths: list[Path], out: Path | None, *, most_trees: int = MOST_
 
 def names_of(paths: Sequence[Path]) -> list[str]:
     """The ends of `paths` that tell them apart: `seed0` of one run, `dpo-md/seed0` beside `sequential/seed0`."""
-    longest = max(len(path.parts) for path in paths)
-    for count in range(1, longest + 1):
-        ends = [str(Path(*path.parts[-count:])) for path in paths]
-        if len(set(ends)) == len(set(paths)):
-            return ends
-    return [str(path) for path in paths]
+    counts = range(1, max(len(path.parts) for path in paths) + 1)
+    ends = ([str(Path(*path.parts[-count:])) for path in paths] for count in counts)
+    return next(some for some in ends if len(set(some)) == len(set(paths)))
 
 
 def _check_writable(out: Path) -> None:

@@ -22,7 +22,7 @@ from advgame.lab.arguments import add_lab_arguments
 from advgame.lab.command import markdown, plan_jobs
 from advgame.lab.figures import draw_figures
 from advgame.lab.jobs import Job, last_words, run_jobs
-from advgame.lab.results import gap_series, judge_claims, mean_of, measured, rows_of
+from advgame.lab.results import gap_series, judge_claims, mean_of, measured, rows_of, rows_of_json
 from advgame.lab.variants import BASE, CLAIMS, SWEEPS, VARIANTS, by_name
 from advgame.run import names
 
@@ -195,4 +195,7 @@ def test_a_lab_for_real_interrupted_and_continued(tmp_path):
         ]
         assert [s for s in dict.fromkeys(steps) if s][-1] == 12
     assert (tmp_path / "figures" / "easy-frontier.svg").is_file()
-    assert "one seed: nothing can be said" in (tmp_path / "table.md").read_text()
+    table = (tmp_path / "table.md").read_text()
+    assert "one seed: nothing can be said" in table
+    rows = rows_of_json(tree)
+    assert markdown(rows, judge_claims(rows), tree["commits"], tree["steps"]) == table
