@@ -43,7 +43,7 @@ class Job:
 
     @property
     def log(self) -> Path:
-        return self.folder.with_suffix(".log")
+        return self.root.with_name("logs") / f"{self.world}-{self.variant.name}-seed{self.seed}.txt"
 
     @property
     def done(self) -> bool:
@@ -125,6 +125,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, watch: Callable[[Sequence[Job], 
 def _start(job: Job) -> Running:
     words = job.words()
     job.folder.parent.mkdir(parents=True, exist_ok=True)
+    job.log.parent.mkdir(exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["advgame.run.commands"])
     process = context.Process(target=_play, args=(words, job.log))

@@ -145,6 +145,13 @@ class EnergyMeter:
             found["cpu"] = sum(self._packages.joules().values())
         return found
 
+    def evaluated(self) -> dict[str, float]:
+        """Metrics of an evaluation that began with the current lap and ends now; the lap goes on, and counts it too."""
+        spent = {name: value - self._before.get(name, 0.0) for name, value in self._counters().items()}
+        del spent["at"]
+        values = {names.EVALUATION_SECONDS: spent.pop("cpu_s")}
+        return values | ({names.EVALUATION_JOULES: sum(spent.values())} if spent else {})
+
     def lap(self) -> dict[str, float]:
         """Metrics since the last lap: `energy/...` in joules and watts, of GPUs memory and busy share too (by role, by
         index); always the processor seconds and memory used.

@@ -104,6 +104,7 @@ async def train(
                 break
             if step == 0:
                 progress.before = measured
+            measured = measured | energy.evaluated() if measured else measured
             for meter in session.meters.values():
                 meter.take()  # what evaluation used
             counted += Counter(session.counters) - before  # evaluation asks the judge too

@@ -26,6 +26,8 @@ ENERGY_PREFIX = "energy/"
 PROCESS_SECONDS = "energy/process_cpu_s"
 PROCESS_MEMORY = "energy/process_memory_gib"
 """Resident memory of the trainer's process."""
+EVALUATION_SECONDS, EVALUATION_JOULES = "energy/evaluation_cpu_s", "energy/evaluation_j"
+"""Of a step's processor seconds and joules, those of the evaluation before it."""
 ENERGY_SUMS = ("_joules", "/joules", "/co2e_g", "/process_cpu_s")
 """How the names of those end that add up over steps."""
 

@@ -31,8 +31,12 @@ def test_evaluation_is_left_out_and_energy_is_converted():
     row = {
         names.STEP_SECONDS: 5.0, names.stage_seconds("validate"): 3.0, "seconds/engine/attacker": 36.0,
         "seconds/engine/judge": 36.0, "energy/joules": 7.2e6, "energy/co2e_g": 800.0,
+        "energy/process_cpu_s": 4.5,
     }  # fmt: skip
-    assert costs(row) == {"seconds": 2.0, "hours of engines": 0.02, "kWh": 2.0, "CO2e kg": 0.8}
+    expected = {"seconds": 2.0, "hours of engines": 0.02, "processor seconds": 4.5, "kWh": 2.0, "CO2e kg": 0.8}
+    assert costs(row) == expected
+    row |= {"energy/evaluation_cpu_s": 2.5, "energy/evaluation_j": 3.6e6}
+    assert costs(row) == expected | {"processor seconds": 2.0, "kWh": 1.0, "CO2e kg": 0.4}
     assert costs({names.EXPLOITABILITY: 0.1}) == {}
 
 
