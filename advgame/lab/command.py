@@ -98,10 +98,7 @@ def warm_up(jobs: Sequence[Job], console: Console) -> None:
         made.add(key)
         world = open_world(config.world)
         with console.status(f"warm start: {job.world} world, seed {job.seed}"):
-            if config.game.self_play:
-                _ = world.shared_path
-            else:
-                _ = world.attacker_path
+            world.make(["shared"] if config.game.self_play else ["attacker", "defender"])
 
 
 def _play(jobs: Sequence[Job], at_once: int, console: Console) -> list[Job]:
