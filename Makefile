@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -lt 4 ] && echo $$n || echo 4)
 SPREAD := -n $(WORKERS)
 
-.PHONY: train train3 test test-fast lint docs bench soak bench-gpu clean
+.PHONY: train train3 test test-fast lint docs bench soak bench-gpu gpu-site clean
 
 train: $(VENV)/.train
 	$(BIN)/advgame train configs/tiny.yaml
@@ -36,13 +36,18 @@ bench: $(VENV)/.dev
 soak: $(VENV)/.dev
 	$(BIN)/python -m bench soak --twin
 
-# On a machine whose own Python has torch with CUDA and triton: correctness on the card, then every benchmark for one.
+# On a GPU, with python3 or $PYTHON: correctness on the card, then every benchmark for one.
 bench-gpu:
-	PYTHONPATH=.:kernels python3 -m bench kernels --device cuda --check --out bench/results
-	PYTHONPATH=.:kernels python3 -m bench ema --device cuda --out
-	PYTHONPATH=.:kernels python3 -m bench publish --device cuda --out
-	PYTHONPATH=.:kernels PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True python3 -m bench step --device cuda --size 7b --rounds 2 --out
-	PYTHONPATH=.:kernels PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True python3 -m bench step --device cuda --size 0.5b --rounds 2 --ways published ours --out
+	scripts/bench-gpu.sh
+
+# For a GPU machine without a package index, whose Python GPU_PYTHON has torch, triton and transformers: what else we need
+# there, and the peers that are measured beside us. It comes along as build/gpu-site.
+GPU_PYTHON ?= 3.12
+# QuACK is not among them: its compiler alone is 92 MB packed.
+GPU_SITE := pydantic pydantic-core annotated-types typing-inspection liger-kernel cut-cross-entropy trl datasets dill multiprocess
+gpu-site: $(VENV)/.train
+	$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps --only-binary=:all: \
+		--python-version $(GPU_PYTHON) --upgrade --target build/gpu-site $(GPU_SITE)
 
 SETUP := pyproject.toml setup.py constraints.txt scripts/setup.sh $(wildcard csrc/* csrc/host/*)
 

@@ -1,18 +1,26 @@
-"""Where results lie, what a machine is called in them, and why a contender is not among them."""
+"""Where results lie, what machine, versions and commit they name, and why a contender is not among them."""
 
 from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import re
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from advgame.run.environment import git_state
+
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = (
+    "torch", "triton", "transformers", "vllm", "deepspeed", "ray", "liger-kernel", "trl", "quack-kernels",
+    "cut-cross-entropy",
+)  # fmt: skip
 
 
 def device_name(device: torch.device) -> str:
@@ -36,9 +44,23 @@ def save(result: Mapping[str, Any], name: str, folder: Path | None = None) -> Pa
     return write(result, folder / f"{name}-{today()}.json")
 
 
+def made_with() -> dict[str, Any]:
+    """The commit ("+": with changes; a copy without its history names it in $ADVGAME_COMMIT), Python, and the versions
+    of those of PACKAGES that are there."""
+    commit, changed = git_state(Path(__file__).parent)
+    found = {"commit": os.environ.get("ADVGAME_COMMIT") if commit is None else commit + ("+" if changed else "")}
+    found["python"] = platform.python_version()
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
 def write(result: Mapping[str, Any], path: Path) -> Path:
-    """Writes `path` as JSON; prints and returns it."""
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    """Writes `path` as JSON, `made_with` included; prints and returns it."""
+    path.write_text(json.dumps({**result, "made_with": made_with()}, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path.name}")
     return path
 
