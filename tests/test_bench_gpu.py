@@ -1,5 +1,4 @@
-"""scripts/bench-gpu.sh with a stand-in for Python: which parts run, and that one that fails stops no other. What they do is
-tested where they lie."""
+"""scripts/bench-gpu.sh with a stand-in for Python: which parts run, and that one that fails stops no other."""
 
 import os
 import subprocess
