@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -128,17 +128,19 @@ def _start(job: Job) -> Running:
     job.log.parent.mkdir(exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["advgame.run.commands"])
-    process = context.Process(target=_play, args=(words, job.log))
+    process = context.Process(target=_play, args=(words, job.log.absolute(), Path.cwd(), dict(os.environ)))
     with variables(ALONE):  # the server inherits it, and libraries read it when they are imported
         process.start()
     return Running(job, process)
 
 
-def _play(words: list[str], log: Path) -> None:
-    """In the child: `advgame WORDS`, both outputs into `log`."""
+def _play(words: list[str], log: Path, folder: Path, environment: Mapping[str, str]) -> None:
+    """In the child: `advgame WORDS`, both outputs into `log`; the server's folder and environment may be older."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update({**environment, **ALONE})
     # its own session: a Ctrl-C at the terminal reaches the lab alone, which then tells each child once
     os.setsid()
-    os.environ.update(ALONE)
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
