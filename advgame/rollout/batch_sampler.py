@@ -6,6 +6,7 @@ every prompt again and carry every row to the end of the longest.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ class BatchSampler:
         self._stop_ids = frozenset(stop_ids)
         self._pad_id = pad_id
         self._stop_texts = None if decode is None else StopTexts(decode)
+        self._takes = frozenset(inspect.signature(model.forward).parameters)
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], on_first: Callable[[], None] | None = None) -> list[Completion]:
@@ -67,14 +69,8 @@ class BatchSampler:
                 cache.reorder_cache(kept)
                 draw.keep(kept)
             mask = torch.cat([mask, mask.new_ones(len(live), 1)], 1)
-            out: Any = self.model(
-                input_ids=tokens[:, None],
-                attention_mask=mask,
-                position_ids=mask.sum(1, keepdim=True) - 1,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits = out.logits[:, -1]
+            positions = mask.sum(1, keepdim=True) - 1
+            logits = self._forward(tokens[:, None], mask, positions, past_key_values=cache).logits[:, -1]
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Any, Tensor]:
         """The next token's logits (rows, vocab), the cache, and which of its places are real (rows, width)."""
@@ -84,17 +80,17 @@ class BatchSampler:
         ids = torch.tensor([[self._pad_id] * (width - len(p)) + list(p) for p in different], device=device)
         lengths = torch.tensor([len(prompt) for prompt in different], device=device)
         mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
-        out: Any = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp_min(0),
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        out = self._forward(ids, mask, (mask.cumsum(1) - 1).clamp_min(0))
         cache = out.past_key_values
         of_row = torch.tensor([different[prompt] for prompt in prompts], device=device)
         cache.reorder_cache(of_row)  # any selection of rows, in every kind of cache
         return out.logits[of_row, -1], cache, mask[of_row]
+
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, **more: Any) -> Any:
+        """Logits at least of the last token; models with positions of their own are told the mask only."""
+        wanted = {"position_ids": positions, "logits_to_keep": 1}
+        known = {name: value for name, value in wanted.items() if name in self._takes}
+        return self.model(input_ids=ids, attention_mask=mask, use_cache=True, **known, **more)
 
     def _extend(self, row: Row, token: int, logprob: float) -> None:
         """Adds a token; the row ends at a stop token, behind its stop text or at its own max_tokens."""

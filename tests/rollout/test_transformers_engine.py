@@ -92,7 +92,7 @@ def test_each_row_has_its_own_limit_and_reason():
         assert 2 not in sample.token_ids[:-1]
 
 
-@pytest.mark.parametrize("family", [*models.FAMILIES, "gpt_oss", "qwen3_next"])
+@pytest.mark.parametrize("family", [*models.FAMILIES, "gpt_oss", "qwen3_next", "bloom"])
 def test_greedy_is_transformers_greedy(family):
     """Of prompts that come several times, in rows that leave the batch one after the other."""
     model = models.model(family, seed=3)
