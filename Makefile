@@ -44,10 +44,13 @@ bench-gpu:
 # there, and the peers that are measured beside us. It comes along as build/gpu-site.
 GPU_PYTHON ?= 3.12
 # QuACK is not among them: its compiler alone is 92 MB packed.
-GPU_SITE := pydantic pydantic-core annotated-types typing-inspection liger-kernel cut-cross-entropy trl datasets dill multiprocess
+GPU_PEERS := liger-kernel cut-cross-entropy "trl==1.16.*" datasets dill multiprocess
 gpu-site: $(VENV)/.train
-	$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps --only-binary=:all: \
-		--python-version $(GPU_PYTHON) --upgrade --target build/gpu-site $(GPU_SITE)
+	rm -rf build/gpu-site
+	$(BIN)/python -m pip --disable-pip-version-check install -q --only-binary=:all: \
+		--python-version $(GPU_PYTHON) --target build/gpu-site pydantic
+	$(BIN)/python -m pip --disable-pip-version-check install -q --only-binary=:all: --no-deps \
+		--python-version $(GPU_PYTHON) --upgrade --target build/gpu-site $(GPU_PEERS)
 
 SETUP := pyproject.toml setup.py constraints.txt scripts/setup.sh $(wildcard csrc/* csrc/host/*)
 

@@ -17,6 +17,8 @@ import torch
 from advgame.run.environment import git_state
 
 RESULTS = Path(__file__).parent / "results"
+CODE = git_state(Path(__file__).parent, ":(top)", ":(top,exclude)bench/results")
+"""When the process began: a benchmark may take an hour. Results of others before it are no change."""
 PACKAGES = (
     "torch", "triton", "transformers", "vllm", "deepspeed", "ray", "liger-kernel", "trl", "quack-kernels",
     "cut-cross-entropy",
@@ -47,7 +49,7 @@ def save(result: Mapping[str, Any], name: str, folder: Path | None = None) -> Pa
 def made_with() -> dict[str, Any]:
     """The commit ("+": with changes; a copy without its history names it in $ADVGAME_COMMIT), Python, and the versions
     of those of PACKAGES that are there."""
-    commit, changed = git_state(Path(__file__).parent)
+    commit, changed = CODE
     found = {"commit": os.environ.get("ADVGAME_COMMIT") if commit is None else commit + ("+" if changed else "")}
     found["python"] = platform.python_version()
     for name in PACKAGES:

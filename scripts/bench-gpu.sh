@@ -8,11 +8,15 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-# behind the machine's own packages: what it has is not replaced
-site=$("$python" -c 'import site; print(":".join(site.getsitepackages()))')
-export PYTHONPATH=.:kernels:$site:build/gpu-site
+export PYTHONPATH=$PWD:$PWD/kernels:$PWD/build/gpu-site
 "$python" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null ||
   { echo "bench-gpu: $python has no torch that sees a GPU; set PYTHON to one that does" >&2; exit 2; }
+
+parts="check kernels ema publish step-7b step-0.5b"
+for one in "$@"; do
+  [[ " $parts " == *" $one "* ]] || { echo "bench-gpu: no part $one; there are: $parts" >&2; exit 2; }
+done
+trap 'exit 130' INT TERM
 
 failed=()
 part() { # NAME SECONDS COMMAND...
@@ -20,14 +24,15 @@ part() { # NAME SECONDS COMMAND...
   shift 2
   [[ ${#wanted[@]} -gt 0 && " ${wanted[*]} " != *" $name "* ]] && return
   echo "== $name: $*"
-  timeout --kill-after=10 "$limit" "$@" || failed+=("$name (exit code $?)")
+  timeout --foreground --kill-after=10 "$limit" "$@" || failed+=("$name (exit code $?)")
   echo "== $name: $((SECONDS - began)) s"
 }
 wanted=("$@")
 
 # the host side of publishing; kernels for a GPU need no compiler
 "$python" setup.py -q build_ext --inplace || echo "bench-gpu: the C++ extensions were not built"
-part check 200 "$python" -m pytest tests/kernels tests/publish -m "gpu or not slow" -n 8 -p no:cacheprovider
+part check 200 "$python" -m pytest tests/kernels tests/publish tests/run/test_energy.py tests/learn/test_streams.py \
+  -m "gpu or not slow" -n 8 -p no:cacheprovider
 part kernels 150 "$python" -m bench kernels --device cuda --out bench/results
 part ema 40 "$python" -m bench ema --device cuda --out
 part publish 60 "$python" -m bench publish --device cuda --out

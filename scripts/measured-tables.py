@@ -316,6 +316,8 @@ def block(name: str, page: Path) -> str:
     found = read(name)
     if found is None and name == "kernels-gpu":
         return "\n".join([*gpu_table(None), "", "`make bench-gpu` fills the last column.", ""])
+    if found is None and bench == "lab":
+        return "`advgame lab --full` makes this table, from its `results.json` in `bench/results`; none is there yet.\n"
     if found is None:
         return f"`python -m bench {bench} --out` fills this table; no run on an idle machine is on record yet.\n"
     path, result = found

@@ -10,7 +10,6 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench-gpu.sh"
 STAND_IN = """#!/bin/sh
 case "$*" in
-  *getsitepackages*) echo /nowhere; exit 0 ;;
   *is_available*) exit $SEES ;;
   *"bench publish"*) echo "asked: $*"; exit 3 ;;
 esac
@@ -40,6 +39,12 @@ def test_the_parts_asked_for(tmp_path):
     assert done.returncode == 0, done.stderr
     assert [line.split()[2] for line in asked[1:]] == ["ema", "step"]
     assert "--size 7b" in asked[-1]
+
+
+def test_a_part_that_does_not_exist(tmp_path):
+    done, asked = bench(tmp_path, "ema", "step7b")
+    assert (done.returncode, asked) == (2, [])
+    assert "no part step7b; there are: check kernels" in done.stderr
 
 
 def test_without_a_gpu_nothing_runs(tmp_path):

@@ -17,6 +17,7 @@ from advgame.evals.formats import TURN
 from advgame.evals.named import ModelSpec
 from advgame.game.prompts import Templates
 from advgame.learn.load import load_model
+from advgame.rollout.batch_sampler import check_samplable
 from advgame.rollout.chat import ChatFormat, load_tokenizer, stop_ids
 from advgame.rollout.endpoint_engine import EndpointSpeaker
 from advgame.rollout.engine import Engine, EngineError, Sampling
@@ -192,6 +193,7 @@ async def open_engine(
     else:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_model(folder, spec.field, dtype=getattr(torch, dtype)).to(device)
+        check_samplable(model, spec.field)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
         engine = TransformersEngine(model, stop_ids=stops, pad_id=pad, **embedded)
     try:

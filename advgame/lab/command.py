@@ -31,6 +31,11 @@ SHOWN = ("harm", "bound", "refusal", "heldout", "asr", "gap", "compliance", "gib
 def run_lab(arguments: argparse.Namespace) -> int:
     """0 when every run has ended well, 1 when some failed (they are named). Raises InputError for bad input."""
     jobs = plan_jobs(arguments)
+    if longer := next((job for job in jobs if job.steps_planned > job.steps), None):
+        raise InputError(
+            f"{longer.folder} is of {longer.steps_planned} steps, and {longer.steps} are asked for; give --steps "
+            f"{longer.steps_planned}, or another --out"
+        )
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)

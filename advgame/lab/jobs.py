@@ -14,9 +14,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+
+import yaml
 
 from advgame.environ import variables
 from advgame.lab.variants import Variant
@@ -49,6 +52,15 @@ class Job:
     def done(self) -> bool:
         """Ended, and with as many steps as asked for now."""
         return (self.folder / "summary.json").is_file() and self.steps_done >= self.steps
+
+    @property
+    def steps_planned(self) -> int:
+        """Of the run that lies there; 0 without one."""
+        try:
+            tree = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
+            return int(tree["run"]["steps"])
+        except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+            return 0
 
     @property
     def steps_done(self) -> int:
@@ -114,8 +126,9 @@ def run_jobs(jobs: Sequence[Job], at_once: int, watch: Callable[[Sequence[Job], 
             watch([r.job for r in running], failed)
     except BaseException:
         for one in running:
-            if one.process.pid is not None and one.process.is_alive():
-                os.kill(one.process.pid, signal.SIGINT)
+            with suppress(ProcessLookupError):
+                if one.process.pid is not None and one.process.is_alive():
+                    os.kill(one.process.pid, signal.SIGINT)
         for one in running:
             one.process.join()
         raise
@@ -127,10 +140,15 @@ def _start(job: Job) -> Running:
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     job.log.parent.mkdir(exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["advgame.run.commands"])
+    context.set_forkserver_preload(["advgame.lab.preload"])
     process = context.Process(target=_play, args=(words, job.log.absolute(), Path.cwd(), dict(os.environ)))
-    with variables(ALONE):  # the server inherits it, and libraries read it when they are imported
-        process.start()
+    # a Ctrl-C at the terminal reaches server and child too, until they have sessions of their own
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with variables(ALONE):  # the server inherits it, and libraries read it when they are imported
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return Running(job, process)
 
 
@@ -141,6 +159,7 @@ def _play(words: list[str], log: Path, folder: Path, environment: Mapping[str, s
     os.environ.update({**environment, **ALONE})
     # its own session: a Ctrl-C at the terminal reaches the lab alone, which then tells each child once
     os.setsid()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

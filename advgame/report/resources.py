@@ -121,10 +121,11 @@ def costs(row: Mapping[str, Any]) -> dict[str, float]:
         found["hours of engines"] = sum(busy) / 3600
     if names.PROCESS_SECONDS in row:
         found["processor seconds"] = row[names.PROCESS_SECONDS] - row.get(names.EVALUATION_SECONDS, 0.0)
-    if joules := row.get(f"{names.ENERGY_PREFIX}joules"):
+    joules = row.get(f"{names.ENERGY_PREFIX}joules")
+    if joules is not None:
         game = joules - row.get(names.EVALUATION_JOULES, 0.0)
         found["kWh"] = game / JOULES_PER_KWH
-        found["CO2e kg"] = row[f"{names.ENERGY_PREFIX}co2e_g"] / 1e3 * game / joules
+        found["CO2e kg"] = row[f"{names.ENERGY_PREFIX}co2e_g"] / 1e3 * game / max(joules, 1e-9)
     return found
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from advgame.errors import InputError
 from advgame.rollout.engine import Request, end_of_stop
 
 Completion = tuple[tuple[int, ...], tuple[float, ...], str]
@@ -30,9 +31,21 @@ Decode = Callable[[Sequence[int]], str]
 ENDED_SHARE = 8
 """Ended rows leave when they are at least one in this many: leaving copies what the others have cached."""
 
+FORWARD = ("past_key_values", "position_ids", "logits_to_keep")
+"""What the loop tells a model besides tokens and mask, where its `forward` knows it."""
+
+
+def check_samplable(model: PreTrainedModel, field: str) -> None:
+    """InputError, naming `field`, for a model that keeps no keys and values between tokens."""
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise InputError(
+            f"{field}: {type(model).__name__} has no key-value cache, which the embedded engine decodes with; "
+            "set rollout.engine: vllm, or give another model"
+        )
+
 
 class BatchSampler:
-    """Samples batches with one model, which it sets to evaluation.
+    """Samples batches with one model (see `check_samplable`), which it sets to evaluation.
 
     decode: the tokenizer's, for requests with stop texts.
     """
@@ -42,7 +55,7 @@ class BatchSampler:
         self._stop_ids = frozenset(stop_ids)
         self._pad_id = pad_id
         self._stop_texts = None if decode is None else StopTexts(decode)
-        self._takes = frozenset(inspect.signature(model.forward).parameters)
+        self._takes = frozenset(FORWARD) & set(inspect.signature(model.forward).parameters)
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], on_first: Callable[[], None] | None = None) -> list[Completion]:
@@ -50,18 +63,20 @@ class BatchSampler:
         rows = [Row(request) for request in requests]
         draw = Draw(requests, self.model.device)
         logits, cache, mask = self._prefill([request.prompt_ids for request in requests])
-        live = rows
+        last = max(len(r.prompt_ids) + r.sampling.max_tokens for r in requests) - 1
+        live, drawn = rows, []
         while True:
             tokens, logprobs = draw(logits)
-            for row, token, logprob in zip(live, tokens.tolist(), logprobs.tolist(), strict=True):
+            drawn.append((live, logprobs))
+            for row, token in zip(live, tokens.tolist(), strict=True):
                 if not row.ended:
-                    self._extend(row, token, logprob)
+                    self._extend(row, token)
             if on_first is not None:
                 on_first()
                 on_first = None
             going = [i for i, row in enumerate(live) if not row.ended]
             if not going:
-                return [row.completion for row in rows]
+                break
             if (len(live) - len(going)) * ENDED_SHARE >= len(live):
                 kept = torch.tensor(going, device=mask.device)
                 live = [live[i] for i in going]
@@ -69,8 +84,14 @@ class BatchSampler:
                 cache.reorder_cache(kept)
                 draw.keep(kept)
             mask = torch.cat([mask, mask.new_ones(len(live), 1)], 1)
-            positions = mask.sum(1, keepdim=True) - 1
+            # an ended row that has not left yet goes on, but not beyond what its model has positions for
+            positions = (mask.sum(1, keepdim=True) - 1).clamp_max(last)
             logits = self._forward(tokens[:, None], mask, positions, past_key_values=cache).logits[:, -1]
+        values = iter(torch.cat([one for _, one in drawn]).tolist())  # one copy from the device
+        for some, _ in drawn:
+            for row, value in zip(some, values, strict=False):
+                row.logprobs.append(value)
+        return [row.completion for row in rows]
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Any, Tensor]:
         """The next token's logits (rows, vocab), the cache, and which of its places are real (rows, width)."""
@@ -83,19 +104,19 @@ class BatchSampler:
         out = self._forward(ids, mask, (mask.cumsum(1) - 1).clamp_min(0))
         cache = out.past_key_values
         of_row = torch.tensor([different[prompt] for prompt in prompts], device=device)
-        cache.reorder_cache(of_row)  # any selection of rows, in every kind of cache
+        if len(different) < len(prompts):
+            cache.reorder_cache(of_row)  # made for beams, and takes any selection of rows
         return out.logits[of_row, -1], cache, mask[of_row]
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, **more: Any) -> Any:
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, **cache: Any) -> Any:
         """Logits at least of the last token; models with positions of their own are told the mask only."""
         wanted = {"position_ids": positions, "logits_to_keep": 1}
         known = {name: value for name, value in wanted.items() if name in self._takes}
-        return self.model(input_ids=ids, attention_mask=mask, use_cache=True, **known, **more)
+        return self.model(input_ids=ids, attention_mask=mask, use_cache=True, return_dict=True, **known, **cache)
 
-    def _extend(self, row: Row, token: int, logprob: float) -> None:
+    def _extend(self, row: Row, token: int) -> None:
         """Adds a token; the row ends at a stop token, behind its stop text or at its own max_tokens."""
         row.tokens.append(token)
-        row.logprobs.append(logprob)
         at_text = self._stop_texts is not None and self._stop_texts.end(row.tokens, row.request.stop)
         if token in self._stop_ids or at_text:
             row.ended = "stop"
@@ -104,7 +125,7 @@ class BatchSampler:
 
 
 class Row:
-    """One completion under way. ended: its finish reason, empty until then."""
+    """One completion under way. ended: its finish reason, empty until then; log-probs may go on behind the end."""
 
     def __init__(self, request: Request):
         self.request = request
@@ -114,7 +135,7 @@ class Row:
 
     @property
     def completion(self) -> Completion:
-        return tuple(self.tokens), tuple(self.logprobs), self.ended
+        return tuple(self.tokens), tuple(self.logprobs[: len(self.tokens)]), self.ended
 
 
 class Draw:

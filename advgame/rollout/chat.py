@@ -18,7 +18,8 @@ from transformers import (
 
 from advgame.errors import InputError
 
-PROMPTS_KEPT = 4096
+PROMPT_TOKENS_KEPT = 1 << 19
+"""Some 20 MB."""
 
 
 class ChatFormat:
@@ -34,14 +35,18 @@ class ChatFormat:
         spellings = {token for token in added | set(tokenizer.all_special_tokens) if len(token) > 1}
         self._special = tuple(sorted(spellings, key=lambda token: (-len(token), token)))
         self._prompts: dict[str, tuple[int, ...]] = {}
+        self._kept = 0
 
     def prompt_ids(self, user: str) -> tuple[int, ...]:
-        """Of one user turn; the last few thousand are kept, since a game asks the same prompt several times."""
-        if user not in self._prompts:
-            if len(self._prompts) >= PROMPTS_KEPT:
-                self._prompts.clear()
-            self._prompts[user] = self.conversation_ids([("user", user)])
-        return self._prompts[user]
+        """Of one user turn. They are kept for a while, since a game asks the same prompt several times."""
+        found = self._prompts.get(user)
+        if found is None:
+            found = self.conversation_ids([("user", user)])
+            self._kept += len(found)
+            if self._kept > PROMPT_TOKENS_KEPT:
+                self._prompts, self._kept = {}, len(found)
+            self._prompts[user] = found
+        return found
 
     def conversation_ids(self, turns: Sequence[tuple[str, str]]) -> tuple[int, ...]:
         """Turns as (role, text), the roles being system, user and assistant, and the opening of the next answer.

@@ -145,9 +145,14 @@ class EnergyMeter:
             found["cpu"] = sum(self._packages.joules().values())
         return found
 
-    def evaluated(self) -> dict[str, float]:
-        """Metrics of an evaluation that began with the current lap and ends now; the lap goes on, and counts it too."""
-        spent = {name: value - self._before.get(name, 0.0) for name, value in self._counters().items()}
+    def reading(self) -> dict[str, float]:
+        """The counters now, for `evaluated`."""
+        return self._counters()
+
+    def evaluated(self, begun: Mapping[str, float]) -> dict[str, float]:
+        """Metrics of an evaluation that began at the reading `begun` and ends now. What else this process did meanwhile
+        (a checkpoint written beside, late trees) is in it; the lap counts all of it too."""
+        spent = {name: value - begun.get(name, 0.0) for name, value in self._counters().items()}
         del spent["at"]
         values = {names.EVALUATION_SECONDS: spent.pop("cpu_s")}
         return values | ({names.EVALUATION_JOULES: sum(spent.values())} if spent else {})

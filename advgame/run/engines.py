@@ -15,6 +15,7 @@ from advgame.errors import InputError
 from advgame.learn.load import load_model
 from advgame.learn.trainer import Trainer
 from advgame.rollout import vllm_start
+from advgame.rollout.batch_sampler import check_samplable
 from advgame.rollout.channel import Channel
 from advgame.rollout.chat import ChatFormat, stop_ids
 from advgame.rollout.endpoint_engine import EndpointSpeaker, check_endpoint
@@ -137,6 +138,7 @@ def open_engine(
         ]
         return replicas[0] if count == 1 else ReplicaEngine(replicas)
     model = load_model(folder, field, dtype=getattr(torch, config.rollout.dtype), remote_code=config.trust_remote_code)
+    check_samplable(model, field)
     return TransformersEngine(
         model.to(device),
         stop_ids=stops,

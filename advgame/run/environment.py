@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -24,7 +25,7 @@ def describe_environment(argv: list[str] | None = None) -> dict[str, Any]:
 
     Values of options that look like credentials are masked, since run folders are meant to be shared.
     """
-    commit, dirty = git_state(Path(advgame.__file__).parent)
+    commit, dirty = code_state()
     return {
         "git_commit": commit,
         "git_dirty": dirty,
@@ -40,16 +41,22 @@ def describe_environment(argv: list[str] | None = None) -> dict[str, Any]:
     }
 
 
-def git_state(package: Path) -> tuple[str | None, bool | None]:
+@functools.cache
+def code_state() -> tuple[str | None, bool | None]:
+    """`git_state` of this package when it was first asked for in this process, or in the one it was forked from."""
+    return git_state(Path(advgame.__file__).parent)
+
+
+def git_state(package: Path, *pathspec: str) -> tuple[str | None, bool | None]:
     """(commit, has uncommitted changes) of the repository that tracks `package`; Nones where there is none.
 
     An installed copy may lie inside a repository that knows nothing of it (a virtual environment in some
     project): that repository's commit would be a false statement, hence the check that the package itself is
-    tracked.
+    tracked. pathspec: what changes are looked for in; the whole repository without it.
     """
     if not _git(package, "ls-files", "--", "__init__.py"):
         return None, None
-    status = _git(package, "status", "--porcelain", "--untracked-files=normal")
+    status = _git(package, "status", "--porcelain", "--untracked-files=normal", *pathspec)
     return _git(package, "rev-parse", "--verify", "HEAD"), None if status is None else bool(status)
 
 

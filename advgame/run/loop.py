@@ -99,12 +99,13 @@ async def train(
             play_next = run.ahead == 1 and step + 1 < run.steps
             before = Counter(session.counters)
             with clock.stage("validate"):
+                begun = energy.reading()
                 measured = await stop.unless_asked(due(session, step))
             if measured is None or stop.asked:
                 break
             if step == 0:
                 progress.before = measured
-            measured = measured | energy.evaluated() if measured else measured
+            measured = measured | energy.evaluated(begun) if measured else measured
             for meter in session.meters.values():
                 meter.take()  # what evaluation used
             counted += Counter(session.counters) - before  # evaluation asks the judge too

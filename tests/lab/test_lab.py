@@ -164,6 +164,13 @@ def test_a_failing_run_is_named_and_the_others_go_on(tmp_path):
     assert "no such config file" in last_words(broken)
 
 
+def test_runs_of_more_steps_are_not_passed_off_as_shorter_ones(tmp_path, capsys):
+    job = finished(tmp_path / "runs", BASE, 0, 0.1)
+    (job.folder / "config.yaml").write_text("run: {steps: 300}")
+    assert cli.main(["lab", "--table-only", "--full", "--out", str(tmp_path)]) == 2
+    assert "is of 300 steps, and 200 are asked for; give --steps 300, or another --out" in capsys.readouterr().err
+
+
 def test_table_of_nothing_is_one_line(tmp_path, capsys):
     assert cli.main(["lab", "--table-only", "--out", str(tmp_path)]) == 2
     assert "no finished run yet" in capsys.readouterr().err

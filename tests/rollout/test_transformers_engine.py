@@ -6,8 +6,10 @@ import dataclasses
 import models
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from advgame.rollout.batch_sampler import nucleus
+from advgame.errors import InputError
+from advgame.rollout.batch_sampler import check_samplable, nucleus
 from advgame.rollout.chat import ChatFormat, load_tokenizer
 from advgame.rollout.engine import EngineError, Request, Sampling, stream_seed
 from advgame.rollout.transformers_engine import TransformersEngine
@@ -105,6 +107,21 @@ def test_greedy_is_transformers_greedy(family):
             torch.tensor([prompt]), do_sample=False, max_new_tokens=limit, eos_token_id=2, pad_token_id=0
         )
         assert list(sample.token_ids) == out[0, len(prompt) :].tolist()
+
+
+def test_a_model_without_a_cache_is_refused():
+    config = AutoConfig.for_model("mamba", vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(InputError, match="MambaForCausalLM has no key-value cache"):
+        check_samplable(AutoModelForCausalLM.from_config(config), "judge.model")
+
+
+def test_an_ended_row_needs_no_positions_beyond_the_models():
+    """It stays with seven others that go on."""
+    model = models.model("gpt2", seed=3)
+    long = tuple(3 + i % 20 for i in range(4090))
+    requests = [request(long, 0, max_tokens=6), *(request(PROMPTS[0], i, max_tokens=60) for i in range(1, 12))]
+    samples = play(TransformersEngine(model, stop_ids=[99], pad_id=0), requests)
+    assert [len(sample.token_ids) for sample in samples] == [6] + [60] * 11
 
 
 def test_first_tokens_follow_the_tempered_distribution():
