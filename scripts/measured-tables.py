@@ -302,7 +302,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Result], list[str]]]] = {
     "fronts-cpu": ("fronts", "fronts-cpu-*.json", fronts),
     "simulate-cpu": ("simulate", "simulate-cpu-*.json", simulate),
     "simulate-ray-cpu": ("simulate --ray", "simulate-ray-cpu-*.json", simulate),
-    "lab-full": ("lab", "lab-full-*.json", lab),
+    "lab-full-easy": ("lab", "lab-full-easy-cpu-*.json", lab),
     "soak-cpu": ("soak", "soak-transformers-cpu-*.json", soak),
 }
 """Name of a table: benchmark, its files, what is made of one."""
@@ -322,7 +322,9 @@ def block(name: str, page: Path) -> str:
         return f"`python -m bench {bench} --out` fills this table; no run on an idle machine is on record yet.\n"
     path, result = found
     if bench == "lab":
-        return "\n".join([*made(result), "", f"Source: `advgame lab --full`, `bench/results/{path.name}`.", ""])
+        return "\n".join(
+            [*made(result), "", f"Source: `advgame lab --full --worlds easy`, `bench/results/{path.name}`.", ""]
+        )
     threads = f", {result['threads']} threads" if "threads" in result else ""
     device = f"{result['device']}{threads}, torch {result['torch']}"
     link = os.path.relpath(path, page.parent) if page.parent == ROOT else path.name

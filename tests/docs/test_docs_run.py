@@ -78,6 +78,9 @@ def place(tmp_path_factory, server):
     assert cli.main([*map(str, words), "--quiet"]) == 0
     for name in ("RUN", "THE-RUN", "A", "B", "joint", "turns"):
         (here / "runs" / name).symlink_to(here / "runs/mine")
+    for variant in ("dpo-md", "sequential"):
+        (here / "LAB/runs/easy" / variant).mkdir(parents=True)
+        (here / "LAB/runs/easy" / variant / "seed0").symlink_to(here / "runs/mine")
     (here / "configs").symlink_to(ROOT / "configs")
     (here / "data").mkdir()
     behaviours(here / "data/harmbench_behaviors_text_all.csv")
@@ -138,7 +141,7 @@ def test_other_lines_run(place, monkeypatch, line):
     monkeypatch.chdir(place)
     if "--like" in line:
         measured_runs(place, monkeypatch)
-    words = shlex.split(line)[1:]
+    words = [word for one in shlex.split(line)[1:] for word in ([*map(str, Path().glob(one))] if "*" in one else [one])]
     known = " ".join(words)
     words += next((extra.split() for start, extra in SMALL.items() if known.startswith(start)), [])
     assert cli.main(words) in ((0, 1) if words[0] in JUDGING else (0,))
