@@ -21,6 +21,7 @@ from pathlib import Path
 
 import yaml
 
+from advgame import interrupts
 from advgame.environ import variables
 from advgame.lab.variants import Variant
 
@@ -141,14 +142,9 @@ def _start(job: Job) -> Running:
     job.log.parent.mkdir(exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["advgame.lab.preload"])
-    process = context.Process(target=_play, args=(words, job.log.absolute(), Path.cwd(), dict(os.environ)))
-    # a Ctrl-C at the terminal reaches server and child too, until they have sessions of their own
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        with variables(ALONE):  # the server inherits it, and libraries read it when they are imported
-            process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with interrupts.held(), variables(ALONE):  # the server inherits both; libraries read ALONE when they are imported
+        process = context.Process(target=_play, args=(words, job.log.absolute(), Path.cwd(), dict(os.environ)))
+        process.start()
     return Running(job, process)
 
 
@@ -156,7 +152,7 @@ def _play(words: list[str], log: Path, folder: Path, environment: Mapping[str, s
     """In the child: `advgame WORDS`, both outputs into `log`; the server's folder and environment may be older."""
     os.chdir(folder)
     os.environ.clear()
-    os.environ.update({**environment, **ALONE})
+    os.environ.update(environment)
     # its own session: a Ctrl-C at the terminal reaches the lab alone, which then tells each child once
     os.setsid()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch import multiprocessing as torch_processes
 
+from advgame import interrupts
 from advgame.malloc import keep_freed_memory
 from advgame.rollout.batch_sampler import BatchSampler, Complete, Completion
 from advgame.rollout.engine import EngineDied, Request
@@ -102,12 +103,8 @@ class SamplerProcess:
         self._process = spawn.Process(
             target=_serve, args=(theirs, self._samplers, torch.get_num_threads()), daemon=True, name="advgame-sampler"
         )
-        # a Ctrl-C at the terminal reaches the child too, and before it could say that it ignores it
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with interrupts.held():
             self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         try:
             ours.recv()
