@@ -28,12 +28,6 @@ Complete = Callable[[Sequence[Request], Callable[[], None] | None], list[Complet
 Decode = Callable[[Sequence[int]], str]
 """Token ids to text, special tokens left out."""
 
-ENDED_SHARE = 8
-"""Ended rows leave when they are at least one in this many: leaving copies what the others have cached."""
-
-FORWARD = ("past_key_values", "position_ids", "logits_to_keep")
-"""What the loop tells a model besides tokens and mask, where its `forward` knows it."""
-
 
 def check_samplable(model: PreTrainedModel, field: str) -> None:
     """InputError, naming `field`, for a model that keeps no keys and values between tokens."""
@@ -55,7 +49,7 @@ class BatchSampler:
         self._stop_ids = frozenset(stop_ids)
         self._pad_id = pad_id
         self._stop_texts = None if decode is None else StopTexts(decode)
-        self._takes = frozenset(FORWARD) & set(inspect.signature(model.forward).parameters)
+        self._takes = frozenset(inspect.signature(model.forward).parameters)
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], on_first: Callable[[], None] | None = None) -> list[Completion]:
@@ -63,34 +57,31 @@ class BatchSampler:
         rows = [Row(request) for request in requests]
         draw = Draw(requests, self.model.device)
         logits, cache, mask = self._prefill([request.prompt_ids for request in requests])
-        last = max(len(r.prompt_ids) + r.sampling.max_tokens for r in requests) - 1
         live, drawn = rows, []
         while True:
             tokens, logprobs = draw(logits)
             drawn.append((live, logprobs))
             for row, token in zip(live, tokens.tolist(), strict=True):
-                if not row.ended:
-                    self._extend(row, token)
+                self._extend(row, token)
             if on_first is not None:
                 on_first()
                 on_first = None
             going = [i for i, row in enumerate(live) if not row.ended]
             if not going:
                 break
-            if (len(live) - len(going)) * ENDED_SHARE >= len(live):
+            if len(going) < len(live):
                 kept = torch.tensor(going, device=mask.device)
                 live = [live[i] for i in going]
                 tokens, mask = tokens[kept], mask[kept]
                 cache.reorder_cache(kept)
                 draw.keep(kept)
             mask = torch.cat([mask, mask.new_ones(len(live), 1)], 1)
-            # an ended row that has not left yet goes on, but not beyond what its model has positions for
-            positions = (mask.sum(1, keepdim=True) - 1).clamp_max(last)
+            positions = mask.sum(1, keepdim=True) - 1
             logits = self._forward(tokens[:, None], mask, positions, past_key_values=cache).logits[:, -1]
         values = iter(torch.cat([one for _, one in drawn]).tolist())  # one copy from the device
         for some, _ in drawn:
-            for row, value in zip(some, values, strict=False):
-                row.logprobs.append(value)
+            for row in some:
+                row.logprobs.append(next(values))
         return [row.completion for row in rows]
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Any, Tensor]:
@@ -125,7 +116,7 @@ class BatchSampler:
 
 
 class Row:
-    """One completion under way. ended: its finish reason, empty until then; log-probs may go on behind the end."""
+    """One completion under way. ended: its finish reason, empty until then."""
 
     def __init__(self, request: Request):
         self.request = request
@@ -135,7 +126,7 @@ class Row:
 
     @property
     def completion(self) -> Completion:
-        return tuple(self.tokens), tuple(self.logprobs[: len(self.tokens)]), self.ended
+        return tuple(self.tokens), tuple(self.logprobs), self.ended
 
 
 class Draw:

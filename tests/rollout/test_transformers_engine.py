@@ -116,7 +116,7 @@ def test_a_model_without_a_cache_is_refused():
 
 
 def test_an_ended_row_needs_no_positions_beyond_the_models():
-    """It stays with seven others that go on."""
+    """It ends long before the eleven others."""
     model = models.model("gpt2", seed=3)
     long = tuple(3 + i % 20 for i in range(4090))
     requests = [request(long, 0, max_tokens=6), *(request(PROMPTS[0], i, max_tokens=60) for i in range(1, 12))]
