@@ -105,6 +105,10 @@ def gpu_roles(engines: Mapping[str, str], visible: str | None) -> dict[str, list
     return found
 
 
+def _difference(now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+    return {name: value - before.get(name, 0.0) for name, value in now.items()}
+
+
 class EnergyMeter:
     """Readings between two laps. `roles` names the GPUs as `gpu_roles` does; others count as "other"."""
 
@@ -132,9 +136,10 @@ class EnergyMeter:
             reasons.append(f"RAPL: {error.strerror or error}")
         measured = self._gpus is not None or self._packages is not None
         self.note = (ONE_NODE if nodes else "") if measured else f"energy: not available ({'; '.join(reasons)})"
-        self._before = self._counters()
+        self._before = self.reading()
 
-    def _counters(self) -> dict[str, float]:
+    def reading(self) -> dict[str, float]:
+        """The counters now: processor seconds, joules by GPU role and of the packages, and when that was."""
         own, children = os.times(), time.perf_counter()
         found = {"cpu_s": own.user + own.system + own.children_user + own.children_system, "at": children}
         if self._gpus is not None:
@@ -145,14 +150,10 @@ class EnergyMeter:
             found["cpu"] = sum(self._packages.joules().values())
         return found
 
-    def reading(self) -> dict[str, float]:
-        """The counters now, for `evaluated`."""
-        return self._counters()
-
     def evaluated(self, begun: Mapping[str, float]) -> dict[str, float]:
         """Metrics of an evaluation that began at the reading `begun` and ends now. What else this process did meanwhile
         (a checkpoint written beside, late trees) is in it; the lap counts all of it too."""
-        spent = {name: value - begun.get(name, 0.0) for name, value in self._counters().items()}
+        spent = _difference(self.reading(), begun)
         del spent["at"]
         values = {names.EVALUATION_SECONDS: spent.pop("cpu_s")}
         return values | ({names.EVALUATION_JOULES: sum(spent.values())} if spent else {})
@@ -163,8 +164,8 @@ class EnergyMeter:
 
         Energy of a whole package or GPU is counted, whoever else uses it.
         """
-        now = self._counters()
-        spent = {name: value - self._before.get(name, 0.0) for name, value in now.items()}
+        now = self.reading()
+        spent = _difference(now, self._before)
         self._before = now
         seconds = max(spent.pop("at"), 1e-9)
         values = {names.PROCESS_SECONDS: spent.pop("cpu_s"), names.PROCESS_MEMORY: resident_bytes() / 2**30}
