@@ -8,13 +8,12 @@ import os
 import platform
 import re
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from advgame.run.environment import git_state
+from advgame.run.environment import git_state, package_version
 
 RESULTS = Path(__file__).parent / "results"
 CODE = git_state(Path(__file__).parent, ":(top)", ":(top,exclude)bench/results")
@@ -52,12 +51,7 @@ def made_with() -> dict[str, Any]:
     commit, changed = CODE
     found = {"commit": os.environ.get("ADVGAME_COMMIT") if commit is None else commit + ("+" if changed else "")}
     found["python"] = platform.python_version()
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return found | {name: version for name in PACKAGES if (version := package_version(name)) is not None}
 
 
 def write(result: Mapping[str, Any], path: Path) -> Path:

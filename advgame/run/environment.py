@@ -31,7 +31,7 @@ def describe_environment(argv: list[str] | None = None) -> dict[str, Any]:
         "git_dirty": dirty,
         "python": platform.python_version(),
         "advgame": advgame.__version__,
-        **{name: _version(name) for name in PACKAGES},
+        **{name: package_version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "hostname": platform.node(),
         "cpu_count": os.cpu_count(),
@@ -87,7 +87,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
