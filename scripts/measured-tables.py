@@ -316,20 +316,16 @@ def block(name: str, page: Path) -> str:
     found = read(name)
     if found is None and name == "kernels-gpu":
         return "\n".join([*gpu_table(None), "", "`make bench-gpu` fills the last column.", ""])
-    if found is None and bench == "lab":
-        return "`advgame lab --full` makes this table, from its `results.json` in `bench/results`; none is there yet.\n"
+    command = "advgame lab --full --worlds easy" if bench == "lab" else f"python -m bench {bench}"
     if found is None:
-        return f"`python -m bench {bench} --out` fills this table; no run on an idle machine is on record yet.\n"
+        out = "" if bench == "lab" else " --out"
+        return f"`{command}{out}` fills this table; no run on an idle machine is on record yet.\n"
     path, result = found
-    if bench == "lab":
-        return "\n".join(
-            [*made(result), "", f"Source: `advgame lab --full --worlds easy`, `bench/results/{path.name}`.", ""]
-        )
     threads = f", {result['threads']} threads" if "threads" in result else ""
-    device = f"{result['device']}{threads}, torch {result['torch']}"
+    device = f"; {result['device']}{threads}, torch {result['torch']}" if "device" in result else ""
     link = os.path.relpath(path, page.parent) if page.parent == ROOT else path.name
     where = f"[{path.name}]({link})" if page.parent == ROOT else f"`bench/results/{path.name}`"
-    return "\n".join([*made(result), "", f"Source: `python -m bench {bench}`, {where}; {device}.", ""])
+    return "\n".join([*made(result), "", f"Source: `{command}`, {where}{device}.", ""])
 
 
 def filled(page: Path) -> str:

@@ -122,7 +122,7 @@ def _play(jobs: Sequence[Job], at_once: int, console: Console) -> list[Job]:
         def watch(running: Sequence[Job], failed: Sequence[Job]) -> None:
             unread[:] = [job for job in unread if not job.done]
             ended = len(jobs) - len(unread)
-            done = sum(job.steps for job in jobs) - sum(job.steps - job.steps_done for job in unread)
+            done = total - sum(job.steps - job.steps_done for job in unread)
             now = ", ".join(f"{job.variant.name}/{job.seed}" for job in running)
             words = f"{ended} of {len(jobs)} runs" + (f", {len(failed)} failed" if failed else "") + f"  {now}"
             progress.update(bar, completed=done, description=words)

@@ -46,7 +46,7 @@ def write_report(paths: list[Path], out: Path | None, *, most_trees: int = MOST_
         tempfile.TemporaryFile("w+", encoding="ascii", dir=out.parent) as chunks,
         Stage("reading", totals, not quiet, console=Console(stderr=True)) as stage,
     ):
-        for number, (folder, part) in enumerate(zip(folders, totals, strict=True)):
+        for number, (folder, name, part) in enumerate(zip(folders, called, totals, strict=True)):
 
             def write(chunk: int, text: str, number: int = number) -> None:
                 chunks.write(chunk_element(number, chunk, text))
@@ -55,7 +55,7 @@ def write_report(paths: list[Path], out: Path | None, *, most_trees: int = MOST_
                 stage.update(part, files)
 
             limits = {"most_trees": most_trees, "most_characters": PACKED_LIMIT // len(folders)}
-            runs.append(collect(folder, write, name=called[number], **limits, progress=progress))
+            runs.append(collect(folder, write, name=name, **limits, progress=progress))
         write_page(out, runs, chunks, " · ".join(run.name for run in runs))
     for run in runs:
         for warning in run.warnings:
